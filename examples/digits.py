@@ -1,0 +1,287 @@
+"""The main job: FC → FC → softmax on real handwritten digits, and its gradient four ways.
+
+Run `python examples/digits.py --help` for the options.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from matplotlib.backend_bases import FigureCanvasBase
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import trange
+
+import jaxsoftmax as js
+
+CLASSES = 10
+
+
+class Examples(NamedTuple):
+    """Images as rows of numbers in [0, 1], and the digit that each shows."""
+
+    x: jax.Array
+    labels: jax.Array
+
+
+class History(NamedTuple):
+    """What training recorded, a number for each epoch."""
+
+    cost: list[float]
+    train_accuracy: list[float]
+    test_accuracy: list[float]
+
+
+class Result(NamedTuple):
+    """A finished run."""
+
+    network: js.Network
+    history: History
+    gradient_errors: dict[str, dict[str, float]]
+
+
+def load() -> tuple[Examples, Examples]:
+    """scikit-learn's 1,797 digits of 8×8 pixels, split 80/20 with every digit in proportion."""
+    images, digits = load_digits(return_X_y=True)
+    parts = train_test_split(images / 16, digits, test_size=0.2, stratify=digits, random_state=0)
+    x_train, x_test, labels_train, labels_test = parts
+    return (
+        Examples(jnp.asarray(x_train, jnp.float32), jnp.asarray(labels_train, jnp.int32)),
+        Examples(jnp.asarray(x_test, jnp.float32), jnp.asarray(labels_test, jnp.int32)),
+    )
+
+
+@jax.jit
+def accuracy(network: js.Network, examples: Examples) -> jax.Array:
+    """The share of examples whose most probable class is their label."""
+    return jnp.mean(js.predict(network, examples.x) == examples.labels)
+
+
+def train(options: argparse.Namespace, training: Examples, test: Examples) -> tuple[js.Network, History]:
+    """Trains the network with Adam, an epoch at a time, behind a progress bar."""
+    key_network, key_epochs = jax.random.split(jax.random.key(options.seed))
+    optimizer = optax.adam(options.learning_rate)
+
+    def cost(network: js.Network, batch: Examples) -> jax.Array:
+        return js.network_cost(network, batch.x, batch.labels, penalty=options.penalty)
+
+    epoch = js.make_epoch(cost, optimizer, options.batch_size)
+    network = js.init_network(key_network, training.x.shape[1], options.hidden, CLASSES)
+    state = js.init_state(network, optimizer)
+    history = History([], [], [])
+    with trange(options.epochs, desc="training", unit="epoch") as progress:
+        for number in progress:
+            state, costs = epoch(state, training, jax.random.fold_in(key_epochs, number))
+            history.cost.append(float(jnp.mean(costs)))
+            history.train_accuracy.append(float(accuracy(state.params, training)))
+            history.test_accuracy.append(float(accuracy(state.params, test)))
+            progress.set_postfix(
+                cost=f"{history.cost[-1]:.4f}", test_accuracy=f"{history.test_accuracy[-1]:.2%}"
+            )
+    return state.params, history
+
+
+def gradient_four_ways(network: js.Network, examples: Examples) -> dict[str, dict[str, float]]:
+    """Largest error of each parameter's gradient, by each way of getting it.
+
+    The truth is plain automatic differentiation in float64. Errors are in float32 ulps of its largest
+    entry. Central differences are taken in float64, at five entries of each parameter.
+    """
+    x, labels = examples
+    plain_cost = js.without_custom_rules(js.network_cost)
+    with jax.enable_x64(True):
+        network64, x64 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (network, x))
+        truth = jax.tree.map(np.asarray, jax.grad(plain_cost)(network64, x64, labels))
+        cost64 = jax.jit(lambda network: js.network_cost(network, x64, labels))
+        differences = central_differences(cost64, network64)
+
+    ways = {
+        "custom_vjp": jax.grad(js.network_cost)(network, x, labels),
+        "plain jax.grad": jax.grad(plain_cost)(network, x, labels),
+        "backpropagate": js.backpropagate(network, x, labels)[1],
+        "central differences": differences,
+    }
+    return {way: errors_in_ulps(gradient, truth) for way, gradient in ways.items()}
+
+
+def central_differences(
+    cost: Callable[[js.Network], jax.Array],
+    network: js.Network,
+    entries: int = 5,
+    step: float = 1e-6,
+) -> js.Network:
+    """(C(w + h) − C(w − h)) / 2h at random entries of each parameter, NaN at all others."""
+    generator = np.random.default_rng(0)
+    leaves, tree = jax.tree.flatten(network)
+    slopes = []
+    for number, leaf in enumerate(leaves):
+        slope = np.full(leaf.shape, np.nan)
+        for flat_index in generator.choice(leaf.size, min(entries, leaf.size), replace=False):
+            index = np.unravel_index(flat_index, leaf.shape)
+
+            def moved(distance, number=number, leaf=leaf, index=index):
+                nearby = [*leaves[:number], leaf.at[index].add(distance), *leaves[number + 1 :]]
+                return float(cost(jax.tree.unflatten(tree, nearby)))
+
+            slope[index] = (moved(step) - moved(-step)) / (2 * step)
+        slopes.append(slope)
+    return jax.tree.unflatten(tree, slopes)
+
+
+def errors_in_ulps(gradient: js.Network, truth: js.Network) -> dict[str, float]:
+    """The largest error of each parameter, in float32 ulps of the true gradient's largest entry."""
+    errors = {}
+    for (path, true), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(truth), jax.tree.leaves(gradient), strict=True
+    ):
+        known = ~np.isnan(true) if leaf.dtype == np.float32 else ~np.isnan(leaf)
+        error = np.max(np.abs(np.asarray(leaf, np.float64)[known] - true[known]))
+        errors[jax.tree_util.keystr(path).lstrip(".")] = float(
+            error / np.spacing(np.float32(np.max(np.abs(true))))
+        )
+    return errors
+
+
+def print_errors(errors: dict[str, dict[str, float]]) -> None:
+    """A row for each parameter, a column for each way."""
+    print("\nGradient of the trained network: largest error of each way, in float32 ulps of the")
+    print("largest entry of the float64 gradient")
+    print(f"{'parameter':16}" + "".join(f"{way:>21}" for way in errors))
+    for parameter in next(iter(errors.values())):
+        print(f"{parameter:16}" + "".join(f"{by[parameter]:21.3f}" for by in errors.values()))
+
+
+def draw(network: js.Network, history: History, test: Examples, output: Path) -> None:
+    """One picture: cost and accuracy, the confusion matrix, and the images it got wrong."""
+    labels = np.asarray(test.labels)
+    probabilities = np.asarray(js.predict_probabilities(network, test.x))
+    predictions = probabilities.argmax(axis=1)
+    confusion = np.zeros((CLASSES, CLASSES), int)
+    np.add.at(confusion, (labels, predictions), 1)
+    wrong = np.flatnonzero(predictions != labels)
+
+    plt.switch_backend("agg")
+    figure = plt.figure(figsize=(13, 7.5), layout="constrained")
+    top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=(3, 2)))
+    cost_axes, accuracy_axes, confusion_axes = top.subplots(1, 3)
+    epochs = np.arange(1, len(history.cost) + 1)
+    cost_axes.semilogy(epochs, history.cost)
+    cost_axes.set(title="cost, penalty included", xlabel="epoch", ylabel="nats")
+    accuracy_axes.plot(epochs, history.train_accuracy, label="training")
+    accuracy_axes.plot(epochs, history.test_accuracy, label=f"test: {history.test_accuracy[-1]:.1%}")
+    accuracy_axes.set(title="accuracy", xlabel="epoch")
+    accuracy_axes.legend()
+    confusion_axes.imshow(np.sqrt(confusion), cmap="Blues")
+    confusion_axes.set(
+        title="confusion matrix", xlabel="predicted", ylabel="label",
+        xticks=range(CLASSES), yticks=range(CLASSES),
+    )  # fmt: skip
+    for row, column in np.argwhere(confusion):
+        confusion_axes.text(
+            column, row, confusion[row, column], ha="center", va="center", fontsize=8,
+            color="white" if confusion[row, column] > 9 else "black",
+        )  # fmt: skip
+
+    shown = wrong[:9]
+    bottom.suptitle(
+        f"{len(wrong)} of {len(labels)} test images wrong" + (", the first 9" * (len(wrong) > 9))
+    )
+    panels = bottom.subplots(2, 9, squeeze=False)
+    for axes in panels.flat:
+        axes.axis("off")
+    for column, index in enumerate(shown):
+        image, bars = panels[:, column]
+        image.imshow(test.x[index].reshape(8, 8), cmap="gray_r")
+        image.set_title(f"{labels[index]} taken for {predictions[index]}", fontsize=9)
+        bars.axis("on")
+        colours = ["tab:green" if digit == labels[index] else "tab:gray" for digit in range(CLASSES)]
+        bars.bar(range(CLASSES), probabilities[index], color=colours)
+        bars.set(ylim=(0, 1), xticks=range(CLASSES), yticks=[0, 1])
+        bars.tick_params(labelsize=6)
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
+
+
+def checked(parse: Callable[[str], float], meaning: str, good: Callable[[float], bool]) -> Callable:
+    """An argparse type that says in words what it wants."""
+
+    def convert(text: str) -> float:
+        try:
+            value = parse(text)
+        except ValueError:
+            value = None
+        if value is None or not good(value):
+            raise argparse.ArgumentTypeError(f"must be {meaning}, got {text!r}")
+        return value
+
+    return convert
+
+
+def picture_path(text: str) -> Path:
+    """A file that matplotlib can write, checked before the work rather than after it."""
+    path = Path(text)
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise argparse.ArgumentTypeError(f"must end in one of .{', .'.join(sorted(known))}, got {text!r}")
+    try:
+        existed = path.exists()
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot be written: {error}") from None
+    return path
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(
+        description="Train FC → FC → softmax on handwritten digits and check its gradient.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    count = checked(int, "a whole number from 1 to 100,000", lambda value: 1 <= value <= 100_000)
+    parser.add_argument("--epochs", type=count, default=40, help="passes over the training set")
+    parser.add_argument("--batch-size", type=count, default=64, help="examples in a batch")
+    parser.add_argument("--hidden", type=count, default=128, help="units in the hidden layer")
+    parser.add_argument(
+        "--learning-rate", default=3e-3, help="of Adam",
+        type=checked(float, "a number above 0", lambda value: 0 < value < math.inf),
+    )  # fmt: skip
+    parser.add_argument(
+        "--penalty", default=1e-4, help="λ of the weight penalty (λ/2) Σ w²",
+        type=checked(float, "a number of at least 0", lambda value: 0 <= value < math.inf),
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", default=0, help="of the first weights and the order of the examples",
+        type=checked(int, "a whole number from 0 to 2³² − 1", lambda value: 0 <= value < 2**32),
+    )  # fmt: skip
+    parser.add_argument("--output", type=picture_path, default="digits.png", help="the picture")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> Result:
+    """Trains, reports accuracy, compares gradients and saves the picture."""
+    options = parse(arguments)
+    training, test = load()
+    network, history = train(options, training, test)
+    if not math.isfinite(history.cost[-1]):
+        sys.exit("training diverged: the cost is no longer finite; try a lower --learning-rate")
+    print(f"training accuracy {history.train_accuracy[-1]:.2%} of {len(training.labels)} images")
+    print(f"test accuracy     {history.test_accuracy[-1]:.2%} of {len(test.labels)} images")
+    errors = gradient_four_ways(network, training)
+    print_errors(errors)
+    draw(network, history, test, options.output)
+    print(f"\npicture saved to {options.output}")
+    return Result(network, history, errors)
+
+
+if __name__ == "__main__":
+    main()

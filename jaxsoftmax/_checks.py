@@ -1,0 +1,137 @@
+"""What is refused, and in which words: shapes, dtypes, labels."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Integer, Num
+
+FloatArray = Float[Array, "..."] | Float[np.ndarray, "..."]
+LabelArray = Integer[Array, "..."] | Integer[np.ndarray, "..."] | int | np.integer | FloatArray
+MaskArray = Bool[Array, "..."] | Bool[np.ndarray, "..."]
+WeightArray = Num[Array, "..."] | Num[np.ndarray, "..."] | MaskArray
+
+
+def as_floats(name: str, value: ArrayLike) -> Array:
+    """`value` as an array of real floating-point numbers."""
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be real floating-point numbers, got {array.dtype}: "
+            f"convert them first, for example with {name}.astype(jnp.float32)"
+        )
+    return array
+
+
+def as_logits(logits: ArrayLike, axis: int) -> tuple[Array, int]:
+    """Floating-point logits, and their class axis counted from the front."""
+    array = as_floats("logits", logits)
+    if array.ndim == 0:
+        raise ValueError("logits must have a class axis, got a scalar: pass shape (*batch, classes)")
+    axis = operator.index(axis)
+    if not -array.ndim <= axis < array.ndim:
+        raise ValueError(
+            f"axis must be in [{-array.ndim}, {array.ndim}) for logits of shape {array.shape}, got {axis}"
+        )
+    axis %= array.ndim
+    if array.shape[axis] == 0:
+        raise ValueError(
+            f"logits must have at least one class, got shape {array.shape} with none along axis {axis}"
+        )
+    return array, axis
+
+
+def arithmetic_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """The dtype to compute in: float32 for anything narrower, `dtype` itself otherwise."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def as_where(where: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """The mask of the classes that exist, in the logits' full shape."""
+    mask = jnp.asarray(where)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"where must be a bool mask of the classes that exist, got {mask.dtype}")
+    try:
+        return jnp.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(f"where {mask.shape} must broadcast to the logits' {shape}") from None
+
+
+def as_labels(labels: ArrayLike, logits: Array, axis: int, weight: ArrayLike | None) -> Array:
+    """Integer labels (*batch), or probability labels with the classes moved last.
+
+    Where `weight` is 0 the label may be anything.
+    """
+    array = jnp.asarray(labels)
+    batch = logits.shape[:axis] + logits.shape[axis + 1 :]
+    classes = logits.shape[axis]
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        if array.shape != batch:
+            hint = (
+                ": for one-hot labels use a floating-point dtype" if array.shape == logits.shape else ""
+            )
+            raise ValueError(
+                f"integer labels must have shape {batch}, one for each row of logits {logits.shape} "
+                f"along axis {axis}, got {array.shape}{hint}"
+            )
+        # The labels as given: inside jit, jnp.asarray has already made a tracer of a known array.
+        _check_range(labels, classes, weight)
+        return array
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        if array.shape != logits.shape:
+            raise ValueError(
+                f"probability labels must have the logits' shape {logits.shape}, got {array.shape}: "
+                "pass integer labels to name one class per example"
+            )
+        return jnp.moveaxis(array, axis, -1)
+    raise TypeError(
+        f"labels must be integers (one class per example) or floating-point probabilities, got "
+        f"{array.dtype}: convert them first, for example with labels.astype(jnp.int32)"
+    )
+
+
+def _check_range(labels: ArrayLike, classes: int, weight: ArrayLike | None) -> None:
+    if not (_is_known(labels) and (weight is None or _is_known(weight))):
+        return
+    known = np.asarray(labels)
+    if weight is not None:
+        known = known[np.asarray(weight) != 0]
+    if known.size and not (0 <= known.min() and known.max() < classes):
+        raise ValueError(
+            f"labels must be in [0, {classes}) for {classes} classes, got {known.min()} to "
+            f"{known.max()}: give examples to leave out a sample_weight of 0"
+        )
+
+
+def _is_known(value: ArrayLike) -> bool:
+    """Whether the numbers can be read here and now, without waiting for another machine."""
+    if isinstance(value, Tracer):
+        return False
+    return not isinstance(value, jax.Array) or value.is_fully_addressable
+
+
+def as_weights(sample_weight: ArrayLike, batch: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
+    """`sample_weight` broadcast to one number for each example; a bool mask becomes 0 and 1."""
+    array = jnp.asarray(sample_weight)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"sample_weight must be real numbers or a bool mask, got {array.dtype}")
+    if array.shape != batch:
+        raise ValueError(
+            f"sample_weight must have shape {batch}, one for each example, got {array.shape}"
+        )
+    return array.astype(dtype)
+
+
+def as_count(name: str, value: Any) -> int:
+    """`value` as a positive Python integer."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+    return count

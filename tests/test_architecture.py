@@ -1,0 +1,61 @@
+"""The shape of the package: who imports whom, what importing does, what is public."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxsoftmax as js
+
+PACKAGE = Path(js.__file__).parent
+# Each module imports only from modules before it; these two import nothing of the package.
+ORDER = ["_checks", "_softmax", "_cost", "_network", "__init__"]
+ALONE = ["_training", "_gradients"]
+
+
+def imported(name):
+    """The modules of the package that module `name` imports."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("jaxsoftmax")):
+            yield node.module.removeprefix("jaxsoftmax.")
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.startswith("jaxsoftmax"))
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, *ALONE}
+
+
+@pytest.mark.parametrize("name", [*ORDER, *ALONE])
+def test_modules_import_only_from_their_left(name):
+    allowed = [] if name in ALONE else ORDER[: ORDER.index(name)]
+    allowed += ALONE if name == "__init__" else []
+    assert set(imported(name)) <= set(allowed)
+
+
+def test_init_is_names_only():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    assert isinstance(tree.body[0], ast.Expr)
+    assert all(isinstance(node, ast.ImportFrom) for node in tree.body[1:])
+
+
+def test_every_public_name_has_a_docstring_with_its_sections():
+    public = {name: value for name, value in vars(js).items() if name[0] != "_" and callable(value)}
+    assert len(public) == 21
+    for name, value in public.items():
+        assert value.__doc__, name
+        if not isinstance(value, type):
+            for section in ("Args:", "Returns:", "Example:"):
+                assert section in value.__doc__, f"{name}: {section}"
+
+
+def test_import_starts_no_backend():
+    code = (
+        "import jaxsoftmax, jax\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge._backends, xla_bridge._backends"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

@@ -1,0 +1,159 @@
+"""One contract, run over every differentiable function of logits."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import assert_close, random_labels, random_logits, random_targets
+
+import jaxsoftmax as js
+
+
+class Case(NamedTuple):
+    """A function of logits, its value and its VJP by the oracle, both in float64."""
+
+    function: Callable
+    value: Callable
+    vjp: Callable
+
+
+def with_labels(cost, value, vjp, make_labels):
+    """A cost for each example as a function of logits alone."""
+
+    def function(logits):
+        return cost(logits, make_labels(logits.shape, jnp.float32), reduction="none")
+
+    def targets(logits):
+        labels = np.asarray(make_labels(logits.shape, jnp.float32))
+        if labels.shape == logits.shape:
+            return labels.astype(np.float64)
+        return np.eye(logits.shape[-1])[labels]
+
+    return Case(
+        function,
+        lambda z: value(z, targets(z)),
+        lambda z, cotangent: vjp(z, targets(z), cotangent[..., None]),
+    )
+
+
+def integer(shape, _dtype):
+    return random_labels(shape)
+
+
+CASES = {
+    "softmax": Case(js.softmax, oracle.softmax, oracle.softmax_vjp),
+    "log_softmax": Case(js.log_softmax, oracle.log_softmax, oracle.log_softmax_vjp),
+    "log_likelihood_cost, integers": with_labels(
+        js.log_likelihood_cost, oracle.log_likelihood, oracle.log_likelihood_vjp, integer
+    ),
+    "log_likelihood_cost, probabilities": with_labels(
+        js.log_likelihood_cost, oracle.log_likelihood, oracle.log_likelihood_vjp, random_targets
+    ),
+    "quadratic_cost, integers": with_labels(
+        js.quadratic_cost, oracle.quadratic, oracle.quadratic_vjp, integer
+    ),
+    "quadratic_cost, probabilities": with_labels(
+        js.quadratic_cost, oracle.quadratic, oracle.quadratic_vjp, random_targets
+    ),
+}
+SHAPES = [(5,), (7, 5), (2, 3, 17), (0, 5), (3, 1), (3, 2)]
+SCALES = [0, 1, 30, 1e4, -np.inf]
+
+pytestmark = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def cotangent_for(case, logits, seed=3):
+    out = jax.eval_shape(case.function, logits)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=out.shape), out.dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
+@pytest.mark.parametrize("scale", SCALES)
+def test_value_and_vjp_are_the_oracles(case, scale, dtype):
+    for shape in SHAPES:
+        with jax.enable_x64(dtype == jnp.float64):
+            logits = random_logits(shape, scale, dtype)
+            exact_logits = np.asarray(logits, np.float64)
+            value, pull_back = jax.vjp(case.function, logits)
+            cotangent = cotangent_for(case, logits)
+            (gradient,) = pull_back(cotangent)
+        narrow = dtype in (jnp.bfloat16, jnp.float16)
+        # A narrow result is the float32 one rounded once. The bound on log_softmax at 1e4 nats is
+        # half an ulp of its own, so 8 leave room for the sums.
+        ulps = 1 if narrow else 8
+        is_cost = value.shape != logits.shape
+        assert value.dtype == (jnp.float32 if narrow and is_cost else dtype)
+        assert gradient.dtype == dtype
+        assert_close(value, case.value(exact_logits), ulps=8 if is_cost else ulps)
+        assert_close(gradient, case.vjp(exact_logits, np.asarray(cotangent, np.float64)), ulps=ulps)
+
+
+def test_gradient_is_linear_in_the_cotangent(case):
+    logits = random_logits((7, 5), 3, jnp.float32)
+    _, pull_back = jax.vjp(case.function, logits)
+    first, second = cotangent_for(case, logits), cotangent_for(case, logits, seed=4)
+    expected = jax.tree.map(lambda a, b: a - 2 * b, pull_back(first), pull_back(second))
+    assert_close(pull_back(first - 2 * second), expected, ulps=8)
+
+
+def test_jit_and_checkpoint_change_nothing(case):
+    logits = random_logits((7, 5), 3, jnp.float32)
+    value, pull_back = jax.vjp(case.function, logits)
+    cotangent = cotangent_for(case, logits)
+    expected = value, pull_back(cotangent)
+    for wrapped in (jax.jit(case.function), jax.checkpoint(case.function)):
+        value, pull_back = jax.vjp(wrapped, logits)
+        assert_close((value, pull_back(cotangent)), expected, ulps=4)
+
+
+def test_vmap_and_scan_are_loops(case):
+    logits = random_logits((4, 6), 3, jnp.float32)
+    cotangent = jnp.stack([cotangent_for(case, row) for row in logits])
+
+    def value_and_gradient(row, cotangent):
+        value, pull_back = jax.vjp(case.function, row)
+        return value, pull_back(cotangent)[0]
+
+    loop = [value_and_gradient(row, c) for row, c in zip(logits, cotangent, strict=True)]
+    expected = jax.tree.map(lambda *rows: jnp.stack(rows), *loop)
+    assert_close(jax.vmap(value_and_gradient)(logits, cotangent), expected, ulps=4)
+    _, scanned = jax.lax.scan(
+        lambda carry, row: (carry, value_and_gradient(*row)), None, (logits, cotangent)
+    )
+    assert_close(scanned, expected, ulps=4)
+
+
+def test_second_derivatives_are_those_of_plain_autodiff(case):
+    with jax.enable_x64(True):
+        logits = random_logits((2, 4), 2, jnp.float64)
+        cotangent = cotangent_for(case, logits)
+
+        def scalar(function, z):
+            return jnp.sum(function(z) * cotangent.astype(function(z).dtype))
+
+        plain = js.without_custom_rules(case.function)
+        expected = jax.hessian(lambda z: scalar(plain, z))(logits)
+        over_reverse = jax.hessian(lambda z: scalar(case.function, z))(logits)
+        reverse_over = jax.jacrev(jax.jacrev(lambda z: scalar(case.function, z)))(logits)
+        assert_close(over_reverse, expected, ulps=64)
+        assert_close(reverse_over, expected, ulps=64)
+
+
+def test_a_broken_row_stays_alone(case):
+    logits = random_logits((4, 5), 1, jnp.float32)
+    broken = logits.at[1, 3].set(jnp.nan).at[2, 3].set(jnp.inf)
+    value, pull_back = jax.vjp(case.function, broken)
+    cotangent = cotangent_for(case, logits)
+    sound, sound_pull_back = jax.vjp(case.function, logits)
+    rows = jnp.array([0, 3])
+    assert_close(
+        (value[rows], pull_back(cotangent)[0][rows]),
+        (sound[rows], sound_pull_back(cotangent)[0][rows]),
+        ulps=0,
+    )
+    assert np.isnan(value[1:3]).all()
+    assert np.isnan(pull_back(cotangent)[0][1:3]).all()

@@ -1,0 +1,282 @@
+"""The costs beyond the contract: exactness, labels, weights, reductions, edges, errors."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import (
+    assert_close,
+    assert_relative,
+    random_labels,
+    random_logits,
+    random_targets,
+    unchecked,
+)
+
+import jaxsoftmax as js
+
+COSTS = [js.log_likelihood_cost, js.quadratic_cost]
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_the_worked_example(one_hot):
+    probabilities = jnp.array([[0.1, 0.2, 0.25, 0.4, 0.05]] * 2)
+    labels = jnp.array([2, 0])
+    gradient = jax.grad(js.log_likelihood_cost)(
+        jnp.log(probabilities), jax.nn.one_hot(labels, 5) if one_hot else labels
+    )
+    assert_close(gradient[0], np.array([0.1, 0.2, -0.75, 0.4, 0.05]) / 2, ulps=1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_cost_and_gradient_are_exact_at_every_confidence(classes, one_hot, dtype):
+    confidences = np.array([-80, -40, -20, -3, -1e-3, 0, 1e-3, 3, 20, 40, 80])
+    logits = np.zeros((len(confidences), classes))
+    logits[:, 1:] -= np.linspace(0, 2, classes - 1)
+    logits[np.arange(len(confidences)), 0] = confidences
+    with jax.enable_x64(dtype == jnp.float64):
+        for offset in (0.0, 1000.0):
+            z = jnp.asarray(logits + offset, dtype)
+            exact, targets = np.asarray(z, np.float64), np.eye(classes)[np.zeros(len(z), int)]
+            labels = jnp.asarray(targets, dtype) if one_hot else jnp.zeros(len(z), jnp.int32)
+            cost = js.log_likelihood_cost(z, labels, reduction="none")
+            gradient = jax.grad(lambda z: js.log_likelihood_cost(z, labels, reduction="sum"))(z)  # noqa: B023
+            assert_relative(cost, oracle.log_likelihood(exact, targets), eps_multiple=8)
+            truth = oracle.log_likelihood_vjp(exact, targets, np.ones(1))
+            assert_relative(gradient, truth, eps_multiple=8)
+
+
+def test_the_learning_slowdown():
+    wrong_and_saturated, label = jnp.array([20.0, 0.0]), jnp.array(1)
+    quadratic = jax.grad(js.quadratic_cost)(wrong_and_saturated, label)
+    truth = oracle.quadratic_vjp(np.array([20.0, 0.0]), np.array([0.0, 1.0]), np.ones(1))
+    assert_relative(quadratic, truth, eps_multiple=8)
+    assert np.abs(quadratic).max() < 1e-6
+    assert np.abs(jax.grad(js.log_likelihood_cost)(wrong_and_saturated, label)).max() > 0.99
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_gradient_in_probability_labels(cost):
+    logits = random_logits((7, 5), 3, jnp.float32)
+    targets = random_targets((7, 5), jnp.bfloat16)
+    cotangent = random_logits((7,), 1, jnp.float32, 9)
+    _, pull_back = jax.vjp(lambda t: cost(logits, t, reduction="none"), targets)
+    (gradient,) = pull_back(cotangent)
+    z, t, c = (np.asarray(a, np.float64) for a in (logits, targets, cotangent))
+    if cost is js.log_likelihood_cost:
+        truth = oracle.log_likelihood_target_vjp(z, t, c[:, None])
+    else:
+        truth = c[:, None] * (t - oracle.softmax(z))
+    assert gradient.dtype == jnp.bfloat16
+    assert_close(gradient, truth, ulps=1)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("soft", [False, True])
+def test_reductions_and_weights(cost, soft):
+    logits = random_logits((3, 4, 5), 2, jnp.float32)
+    labels = random_targets((3, 4, 5), jnp.float32) if soft else random_labels((3, 4, 5))
+    weight = jnp.asarray(np.random.default_rng(4).gamma(1.0, size=(3, 4)), jnp.float32)
+    each = np.asarray(cost(logits, labels, reduction="none"), np.float64)
+    w = np.asarray(weight, np.float64)
+    assert_close(cost(logits, labels), each.mean(), ulps=4)
+    assert_close(cost(logits, labels, reduction="sum"), each.sum(), ulps=4)
+    assert_close(cost(logits, labels, sample_weight=weight), (w * each).sum() / w.sum(), ulps=4)
+    assert_close(cost(logits, labels, sample_weight=weight, reduction="none"), w * each, ulps=2)
+    mask = weight > 0.5
+    assert_close(
+        cost(logits, labels, sample_weight=mask), cost(logits[mask], _rows(labels, mask)), ulps=4
+    )
+    # The mean's derivative in a weight is (cost − mean) / total, at weight 0 as elsewhere.
+    weight = weight.at[0, 0].set(0)
+    w = np.asarray(weight, np.float64)
+    slope = jax.grad(lambda weight: cost(logits, labels, sample_weight=weight))(weight)
+    assert_close(slope, (each - (w * each).sum() / w.sum()) / w.sum(), ulps=16)
+
+
+def _rows(labels, mask):
+    return labels[mask]
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_gradient_carries_the_weights_and_the_mean(cost):
+    logits, labels = random_logits((6, 4), 2, jnp.float32), random_labels((6, 4))
+    weight = jnp.arange(6.0)
+    rows = jax.vmap(jax.grad(cost))(logits, labels)
+    assert_close(jax.grad(cost)(logits, labels), rows / 6, ulps=2)
+    gradient = jax.grad(lambda z: cost(z, labels, sample_weight=weight))(logits)
+    assert_close(gradient, rows * (weight / 15)[:, None], ulps=2)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("jit", [False, True])
+def test_an_example_of_weight_zero_counts_for_nothing(cost, soft, jit):
+    logits, labels = random_logits((6, 4), 2, jnp.float32), random_labels((6, 4))
+    broken = logits.at[1, 2].set(jnp.nan).at[2].set(jnp.inf).at[3].set(-jnp.inf)
+    bad_labels = labels.at[4].set(-100).at[1].set(99)
+    if soft:
+        labels = jax.nn.one_hot(labels, 4)
+        bad_labels = labels.at[4, 1].set(jnp.nan)
+    kept = jnp.array([0, 5])
+    weight = jnp.zeros(6).at[kept].set(jnp.array([0.5, 2.0]))
+
+    def weighted(z, t):
+        return cost(z, t, sample_weight=weight)
+
+    differentiate = jax.value_and_grad(weighted, argnums=(0, 1) if soft else 0)
+    if jit:
+        differentiate = jax.jit(differentiate)
+    value, gradient = differentiate(broken, bad_labels)
+    expected, expected_gradient = jax.value_and_grad(
+        lambda z, t: cost(z, t, sample_weight=weight[kept]), argnums=(0, 1) if soft else 0
+    )(logits[kept], labels[kept])
+    assert_close(value, expected, ulps=2)
+    for leaf, expected_leaf in zip(
+        jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True
+    ):
+        assert_close(leaf[kept], expected_leaf, ulps=2)
+        assert_close(leaf[jnp.array([1, 2, 3, 4])], np.zeros((4, 4)), ulps=0)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_nothing_to_average_is_zero(cost):
+    empty, no_labels = jnp.zeros((0, 3)), jnp.zeros(0, jnp.int32)
+    assert float(cost(empty, no_labels)) == 0
+    assert jax.grad(cost)(empty, no_labels).shape == (0, 3)
+    logits, labels = random_logits((2, 3), 1, jnp.float32), random_labels((2, 3))
+    value, gradient = jax.value_and_grad(lambda z: cost(z, labels, sample_weight=jnp.zeros(2)))(logits)
+    assert float(value) == 0
+    assert_close(gradient, np.zeros((2, 3)), ulps=0)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32, jnp.uint32])
+def test_a_label_that_names_no_class(cost, dtype):
+    bad = 200 if jnp.issubdtype(dtype, jnp.unsignedinteger) else -100
+    logits, labels = random_logits((3, 5), 1, jnp.float32), jnp.array([1, bad, 4], dtype)
+    low, high = (1, 200) if bad > 0 else (-100, 4)
+    with pytest.raises(ValueError, match=rf"\[0, 5\) for 5 classes, got {low} to {high}"):
+        cost(logits, labels)
+    each, gradient = jax.jit(jax.value_and_grad(lambda z, y: cost(z, y, reduction="sum")))(logits, labels)
+    assert np.isnan(each)
+    assert np.isnan(gradient[1]).all()
+    sound = jax.vmap(jax.grad(cost))(logits, jnp.array([1, 0, 4]))
+    rows = jnp.array([0, 2])
+    assert_close(gradient[rows], sound[rows], ulps=2)
+
+
+def test_many_classes_and_narrow_labels():
+    logits = random_logits((2, 300), 1, jnp.float32)
+    wide = js.log_likelihood_cost(logits, jnp.array([5, 250]))
+    assert_close(js.log_likelihood_cost(logits, jnp.array([5, 250], jnp.uint8)), wide, ulps=0)
+    with jax.enable_x64(True):
+        beyond = jnp.array([2**32 + 5, 250], jnp.int64)
+        assert np.isnan(jax.jit(js.log_likelihood_cost)(logits, beyond))
+
+
+def test_minus_infinity():
+    logits = jnp.array([[1.0, -jnp.inf, 0.0], [1.0, -jnp.inf, 0.0]])
+    each = js.log_likelihood_cost(logits, jnp.array([0, 1]), reduction="none")
+    assert_close(each, [np.log1p(np.exp(-1.0)), np.inf], ulps=1)
+    soft = js.log_likelihood_cost(logits, jnp.array([[1.0, 0, 0], [0.5, 0.5, 0]]), reduction="none")
+    assert_close(soft, each, ulps=1)
+    without = jax.grad(js.log_likelihood_cost)(jnp.array([1.0, 0.0]), jnp.array(0))
+    gradient = jax.grad(js.log_likelihood_cost)(logits[0], jnp.array([1.0, 0, 0]))
+    assert_close(gradient, [without[0], 0, without[1]], ulps=1)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_axis(cost):
+    logits, labels = random_logits((3, 4, 5), 2, jnp.float32), random_labels((3, 5, 4))
+    moved = jnp.moveaxis(logits, 1, -1)
+    for axis in (1, -2):
+        assert_close(cost(logits, labels, axis=axis), cost(moved, labels), ulps=2)
+        targets = random_targets((3, 5, 4), jnp.float32)
+        soft = cost(logits, jnp.moveaxis(targets, -1, 1), axis=axis)
+        assert_close(soft, cost(moved, targets), ulps=2)
+    gradient = jax.grad(lambda z: cost(z, labels, axis=1))(logits)
+    assert_close(gradient, jnp.moveaxis(jax.grad(cost)(moved, labels), -1, 1), ulps=2)
+
+
+def test_backward_keeps_one_array_of_the_logits_size():
+    logits, labels = random_logits((8, 100), 1, jnp.float32), random_labels((8, 100))
+    _, pull_back = jax.vjp(lambda z: js.log_likelihood_cost(z, labels), logits)
+    assert len([leaf for leaf in jax.tree.leaves(pull_back) if leaf.size >= 800]) == 1
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_rows_and_classes_may_be_sharded(explicit):
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
+    logits, labels = random_logits((8, 16), 2, jnp.float32), random_labels((8, 16))
+    expected = jax.value_and_grad(js.log_likelihood_cost)(logits, labels)
+    spec = jax.sharding.PartitionSpec
+    with jax.set_mesh(mesh):
+        placed = (
+            jax.device_put(logits, jax.NamedSharding(mesh, spec("data", "model"))),
+            jax.device_put(labels, jax.NamedSharding(mesh, spec("data"))),
+        )
+        compiled = jax.jit(jax.value_and_grad(js.log_likelihood_cost)).lower(*placed).compile()
+        assert_close(jax.device_get(compiled(*placed)), expected, ulps=4)
+    assert "all-gather" not in compiled.as_text()
+
+
+@hypothesis.given(
+    hnp.arrays(np.float32, (3, 4), elements=st.floats(-50, 50, width=32)),
+    hnp.arrays(np.int32, (3,), elements=st.integers(0, 3)),
+)
+@hypothesis.settings(deadline=None)
+def test_laws(rows, classes):
+    logits, labels = jnp.asarray(rows), jnp.asarray(classes)
+    cost, gradient = jax.value_and_grad(js.log_likelihood_cost)(logits, labels)
+    assert cost >= 0
+    np.testing.assert_allclose(gradient.sum(axis=-1), 0, atol=1e-7)
+    order = np.array([2, 0, 3, 1])
+    permuted, permuted_gradient = jax.value_and_grad(js.log_likelihood_cost)(
+        logits[:, order], jnp.argsort(jnp.asarray(order))[labels]
+    )
+    np.testing.assert_allclose(permuted, cost, rtol=1e-6)
+    np.testing.assert_allclose(permuted_gradient, gradient[:, order], rtol=1e-5, atol=1e-37)
+
+
+def test_weight_penalty():
+    params = {
+        "layer": js.Dense(jnp.array([[1.0, 2.0]], jnp.bfloat16), jnp.array([5.0])),
+        "count": jnp.ones((2, 2), jnp.int32),
+        "activation": jax.nn.relu,
+    }
+    assert_close(js.weight_penalty(params), 2.5, ulps=0)
+    network = js.init_network(jax.random.key(0), 3, 4, 2)
+    gradient = jax.grad(js.weight_penalty)(network)
+    expected = jax.tree.map(lambda p: p if p.ndim == 2 else jnp.zeros_like(p), network)
+    assert_close(gradient, expected, ulps=0)
+    with pytest.raises(ValueError, match="two or more axes, found none"):
+        js.weight_penalty({"bias": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("cost", [unchecked(cost) for cost in COSTS])
+def test_errors_say_what_to_do(cost):
+    logits, labels = jnp.ones((2, 3)), jnp.array([0, 1])
+    with pytest.raises(TypeError, match=r"labels must be integers .* got bool: convert"):
+        cost(logits, labels > 0)
+    with pytest.raises(ValueError, match=r"shape \(2,\), one for each row .* got \(3,\)"):
+        cost(logits, jnp.array([0, 1, 2]))
+    with pytest.raises(ValueError, match="for one-hot labels use a floating-point dtype"):
+        cost(logits, jnp.ones((2, 3), jnp.int32))
+    with pytest.raises(ValueError, match=r"logits' shape \(2, 3\), got \(2,\): pass integer labels"):
+        cost(logits, jnp.array([0.0, 1.0]))
+    with pytest.raises(ValueError, match="'mean', 'sum' or 'none', got 'average'"):
+        cost(logits, labels, reduction="average")
+    with pytest.raises(ValueError, match=r"sample_weight must have shape \(2,\), .* got \(3,\)"):
+        cost(logits, labels, sample_weight=jnp.ones(3))
+    with pytest.raises(TypeError, match=r"sample_weight must be real .* got complex64"):
+        cost(logits, labels, sample_weight=jnp.ones(2, jnp.complex64))
+    with pytest.raises(TypeError, match="logits must be real floating-point numbers, got int32"):
+        cost(jnp.ones((2, 3), jnp.int32), labels)

@@ -1,0 +1,94 @@
+"""The examples run small, and their results are right."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example by name, as running it would."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_digits_learns_and_its_gradients_agree(example, tmp_path, capsys):
+    picture = tmp_path / "digits.png"
+    result = example("digits").main(["--output", str(picture)])
+    assert result.history.test_accuracy[-1] >= 0.97
+    assert result.history.train_accuracy[-1] >= 0.99
+    assert list(result.gradient_errors) == [
+        "custom_vjp", "plain jax.grad", "backpropagate", "central differences"
+    ]  # fmt: skip
+    for way, errors in result.gradient_errors.items():
+        assert len(errors) == 4
+        assert max(errors.values()) <= 16, way
+    assert picture.stat().st_size > 20_000
+    assert "test accuracy     97" in capsys.readouterr().out
+
+
+def test_digits_gives_the_same_result_for_the_same_seed(example, tmp_path):
+    digits = example("digits")
+    options = ["--epochs", "2", "--hidden", "16", "--output", str(tmp_path / "a.png")]
+    first, again, other = (digits.main([*options, *more]) for more in ([], [], ["--seed", "1"]))
+    assert first.history == again.history
+    assert first.gradient_errors == again.gradient_errors
+    assert first.history != other.history
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: must be a whole number from 1 to 100,000, got '0'"),
+        (["--batch-size", "1.5"], "--batch-size: must be a whole number from 1"),
+        (["--hidden", "many"], "--hidden: must be a whole number from 1"),
+        (["--learning-rate", "0"], "--learning-rate: must be a number above 0, got '0'"),
+        (["--learning-rate", "nan"], "--learning-rate: must be a number above 0, got 'nan'"),
+        (["--penalty", "-1"], "--penalty: must be a number of at least 0, got '-1'"),
+        (["--seed", "-1"], "--seed: must be a whole number from 0"),
+        (["--output", "picture.xyz"], "--output: must end in one of ."),
+        (["--output", "no/such/folder/a.png"], "--output: cannot be written: "),
+    ],
+)
+def test_digits_refuses_nonsense(example, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        example("digits").main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_digits_says_when_training_diverged(example, tmp_path):
+    output = tmp_path / "a.png"
+    with pytest.raises(SystemExit, match="training diverged"):
+        example("digits").main(["--epochs", "3", "--learning-rate", "1e30", "--output", str(output)])
+    assert not output.exists()
+
+
+def test_derivation_agrees_with_autodiff(example):
+    differences = example("derivation").main()
+    assert len(differences) == 10
+    assert max(differences.values()) < 1e-6
+
+
+def test_learning_slowdown(example, tmp_path):
+    picture = tmp_path / "slowdown.png"
+    runs = example("learning_slowdown").main(["--epochs", "30", "--output", str(picture)])
+    quadratic, log_likelihood = runs["quadratic"], runs["log-likelihood"]
+    assert quadratic.gradient_norm[0] < 0.02 * log_likelihood.gradient_norm[0]
+    assert np.argmax(quadratic.accuracy >= 0.9) > 3 * np.argmax(log_likelihood.accuracy >= 0.9) > 0
+    assert picture.exists()

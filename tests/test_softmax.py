@@ -1,0 +1,110 @@
+"""Softmax and log-softmax beyond the contract: tails, masks, axes, the two cases, errors."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import assert_close, assert_relative, random_logits, unchecked
+
+import jaxsoftmax as js
+
+ROWS = hnp.arrays(np.float32, (3, 4), elements=st.floats(-50, 50, width=32))
+
+
+@pytest.mark.parametrize("confidence", [-80.0, -20.0, 0.0, 20.0, 40.0, 80.0])
+def test_every_entry_is_right_at_every_confidence(confidence):
+    logits = random_logits((3, 10), 1, jnp.float32).at[:, 4].set(confidence)
+    exact = np.asarray(logits, np.float64)
+    assert_relative(js.softmax(logits), oracle.softmax(exact), eps_multiple=8)
+    assert_relative(js.log_softmax(logits), oracle.log_softmax(exact), eps_multiple=8)
+    assert_relative(js.softmax_jacobian(logits), oracle.softmax_jacobian(exact), eps_multiple=8)
+    # A positive cotangent at one class of each row: nothing cancels in the truth either.
+    cotangent = jnp.zeros((3, 10)).at[jnp.arange(3), jnp.array([4, 0, 9])].set(1.7)
+    for function, vjp in (
+        (js.softmax, oracle.softmax_vjp),
+        (js.log_softmax, oracle.log_softmax_vjp),
+    ):
+        (gradient,) = jax.vjp(function, logits)[1](cotangent)
+        assert_relative(gradient, vjp(exact, np.asarray(cotangent, np.float64)), eps_multiple=8)
+
+
+@pytest.mark.parametrize("function", [js.softmax, js.log_softmax])
+def test_where_and_axis_mean_what_they_mean_in_jax(function):
+    reference = {js.softmax: jax.nn.softmax, js.log_softmax: jax.nn.log_softmax}[function]
+    logits = random_logits((3, 4, 5), 2, jnp.float32)
+    mask = jnp.array([True, True, False, True])[:, None]
+    for axis in (0, 1, -1, -2):
+        where = mask if axis in (1, -2) else None
+        value, pull_back = jax.vjp(lambda z: function(z, axis=axis, where=where), logits)  # noqa: B023
+        expected = reference(logits, axis=axis, where=where)
+        assert_close(value, expected, ulps=8)
+        cotangent = jnp.where(jnp.isfinite(value), random_logits(value.shape, 1, jnp.float32, 5), 0)
+        _, reference_pull_back = jax.vjp(
+            lambda z: jnp.where(
+                mask if where is not None else True,  # noqa: B023
+                reference(z, axis=axis, where=where),  # noqa: B023
+                0,
+            ),
+            logits,
+        )
+        assert_close(pull_back(cotangent), reference_pull_back(cotangent), ulps=8)
+
+
+def test_a_row_with_no_class_left_is_zero():
+    logits = random_logits((2, 3), 1, jnp.float32)
+    where = jnp.array([[True, True, True], [False, False, False]])
+    assert_close(js.softmax(logits, where=where)[1], np.zeros(3), ulps=0)
+    assert_close(js.log_softmax(logits, where=where)[1], np.full(3, -np.inf), ulps=0)
+    gradient = jax.grad(lambda z: js.softmax(z, where=where)[:, 0].sum())(logits)
+    assert_close(gradient[1], np.zeros(3), ulps=0)
+
+
+def test_ties_and_near_ties_share():
+    logits = jnp.array([[5.0, 5.0, 5.0], [1e-8, 0.0, -200.0]])
+    assert_close(js.softmax(logits), [[1 / 3] * 3, [0.5, 0.5, 0.0]], ulps=1)
+    assert_close(js.softmax_jacobian(logits), oracle.softmax_jacobian(np.asarray(logits, float)), ulps=1)
+
+
+def test_backward_keeps_one_array_of_the_logits_size():
+    for function in (js.softmax, js.log_softmax):
+        _, pull_back = jax.vjp(function, random_logits((8, 100), 1, jnp.float32))
+        kept = [leaf for leaf in jax.tree.leaves(pull_back) if leaf.size >= 800]
+        assert len(kept) == 1
+
+
+@hypothesis.given(ROWS, st.floats(-100, 100, width=32))
+@hypothesis.settings(deadline=None)
+def test_laws(rows, shift):
+    logits = jnp.asarray(rows)
+    probabilities = js.softmax(logits)
+    unit = float(jnp.finfo(probabilities.dtype).eps)
+    np.testing.assert_allclose(probabilities.sum(axis=-1), 1, rtol=8 * unit)
+    assert bool(jnp.all(probabilities >= 0))
+    np.testing.assert_allclose(js.softmax(logits + shift), probabilities, rtol=400 * unit, atol=1e-37)
+    reversed_classes = js.softmax(logits[:, ::-1])[:, ::-1]
+    np.testing.assert_allclose(reversed_classes, probabilities, rtol=8 * unit)
+    np.testing.assert_allclose(js.softmax_jacobian(logits).sum(axis=-1), 0, atol=8 * unit)
+
+
+def test_errors_say_what_to_do():
+    softmax = unchecked(js.softmax)
+    with pytest.raises(TypeError, match=r"floating-point numbers, got int32: .*astype"):
+        softmax(jnp.arange(3))
+    with pytest.raises(TypeError, match="got complex64"):
+        softmax(jnp.ones(3, jnp.complex64))
+    with pytest.raises(ValueError, match="got a scalar: pass shape"):
+        softmax(jnp.float32(1))
+    with pytest.raises(
+        ValueError, match=r"axis must be in \[-2, 2\) for logits of shape \(2, 3\), got 2"
+    ):
+        softmax(jnp.ones((2, 3)), axis=2)
+    with pytest.raises(ValueError, match="at least one class"):
+        softmax(jnp.ones((2, 0)))
+    with pytest.raises(ValueError, match=r"where \(4,\) must broadcast to the logits' \(2, 3\)"):
+        softmax(jnp.ones((2, 3)), where=jnp.ones(4, bool))
+    with pytest.raises(TypeError, match=r"where must be a bool mask .* got float32"):
+        softmax(jnp.ones((2, 3)), where=jnp.ones(3))
