@@ -4,6 +4,8 @@ Each line prints what a formula of the derivation gives and what `jax.jacobian` 
 for the same quantity without knowing the formula.
 """
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,4 +90,5 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Softmax, cost and gradient in numbers.").parse_args()
     main()

@@ -273,7 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     training, test = load()
     network, history = train(options, training, test)
     if not math.isfinite(history.cost[-1]):
-        sys.exit("training diverged: the cost is no longer finite; try a lower --learning-rate")
+        sys.exit(
+            "training diverged: the cost is no longer finite; try a lower --learning-rate or --penalty"
+        )
     print(f"training accuracy {history.train_accuracy[-1]:.2%} of {len(training.labels)} images")
     print(f"test accuracy     {history.test_accuracy[-1]:.2%} of {len(test.labels)} images")
     errors = gradient_four_ways(network, training)

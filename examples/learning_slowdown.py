@@ -99,7 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Run]:
     costs = {"quadratic": js.quadratic_cost, "log-likelihood": js.log_likelihood_cost}
     runs = {name: train(cost, network, training, options.epochs) for name, cost in costs.items()}
     for name, run in runs.items():
-        needed = f"{run.epochs_needed} epochs" if run.epochs_needed else f"over {options.epochs} epochs"
+        needed = (
+            f"{run.epochs_needed} epochs"
+            if run.epochs_needed
+            else f"more than the {options.epochs} epochs allowed"
+        )
         print(
             f"{name:15} cost: {needed} to {GOAL:.0%} training accuracy; output layer's gradient at "
             f"the start {run.gradient_norm[0]:.1e}"

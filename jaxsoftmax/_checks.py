@@ -15,6 +15,8 @@ LabelArray = Integer[Array, "..."] | Integer[np.ndarray, "..."] | int | np.integ
 MaskArray = Bool[Array, "..."] | Bool[np.ndarray, "..."]
 WeightArray = Num[Array, "..."] | Num[np.ndarray, "..."] | MaskArray
 
+Number = int | float | Num[Array, ""] | np.number
+
 
 def as_floats(name: str, value: ArrayLike) -> Array:
     """`value` as an array of real floating-point numbers."""
@@ -62,7 +64,7 @@ def as_where(where: ArrayLike, shape: tuple[int, ...]) -> Array:
 
 
 def as_labels(labels: ArrayLike, logits: Array, axis: int, weight: ArrayLike | None) -> Array:
-    """Integer labels (*batch), or probability labels with the classes moved last.
+    """Labels as int32 (*batch), −1 for one that names no class, or probabilities with the classes last.
 
     Where `weight` is 0 the label may be anything.
     """
@@ -80,7 +82,7 @@ def as_labels(labels: ArrayLike, logits: Array, axis: int, weight: ArrayLike | N
             )
         # The labels as given: inside jit, jnp.asarray has already made a tracer of a known array.
         _check_range(labels, classes, weight)
-        return array
+        return _as_index(array, classes)
     if jnp.issubdtype(array.dtype, jnp.floating):
         if array.shape != logits.shape:
             raise ValueError(
@@ -107,6 +109,13 @@ def _check_range(labels: ArrayLike, classes: int, weight: ArrayLike | None) -> N
         )
 
 
+def _as_index(labels: Array, classes: int) -> Array:
+    # Compared before any narrowing cast: a label beyond int32 must not wrap round to a class.
+    labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
+    exists = (labels >= 0) & (labels < classes)
+    return jnp.where(exists, labels, -1).astype(jnp.int32)
+
+
 def _is_known(value: ArrayLike) -> bool:
     """Whether the numbers can be read here and now, without waiting for another machine."""
     if isinstance(value, Tracer):
@@ -124,6 +133,30 @@ def as_weights(sample_weight: ArrayLike, batch: tuple[int, ...], dtype: jax.typi
             f"sample_weight must have shape {batch}, one for each example, got {array.shape}"
         )
     return array.astype(dtype)
+
+
+def as_class_weight(class_weight: ArrayLike, classes: int, dtype: jax.typing.DTypeLike) -> Array:
+    """`class_weight` as one number for each class."""
+    array = jnp.asarray(class_weight)
+    if array.shape != (classes,):
+        raise ValueError(
+            f"class_weight must have shape ({classes},), one for each class, got {array.shape}"
+        )
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"class_weight must be real numbers, got {array.dtype}")
+    return array.astype(dtype)
+
+
+def as_number(name: str, value: Any, dtype: jax.typing.DTypeLike, most: float | int = np.inf) -> Any:
+    """`value` as a non-negative scalar: Python numbers as they are, arrays in `dtype`."""
+    array = jnp.asarray(value)
+    kinds = (jnp.floating, jnp.integer)
+    if array.ndim or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        raise TypeError(f"{name} must be a real scalar, got {array.dtype} of shape {array.shape}")
+    if _is_known(value) and not 0 <= value <= most:
+        limit = "at least 0" if most == np.inf else f"from 0 to {most}"
+        raise ValueError(f"{name} must be {limit}, got {value}")
+    return float(value) if isinstance(value, int | float) else array.astype(dtype)
 
 
 def as_count(name: str, value: Any) -> int:

@@ -9,13 +9,18 @@ from jaxtyping import Array, Float, PyTree
 from ._checks import (
     FloatArray,
     LabelArray,
+    MaskArray,
+    Number,
     WeightArray,
     arithmetic_dtype,
+    as_class_weight,
     as_labels,
     as_logits,
+    as_number,
     as_weights,
+    as_where,
 )
-from ._softmax import RowSums, pull_back_softmax, row_sums
+from ._softmax import RowSums, is_class, pick, pull_back_softmax, row_sums, sum_of_others
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -25,8 +30,13 @@ def log_likelihood_cost(
     labels: LabelArray,
     *,
     axis: int = -1,
+    where: MaskArray | None = None,
     sample_weight: WeightArray | None = None,
+    class_weight: WeightArray | None = None,
+    label_smoothing: Number = 0.0,
+    z_loss: Number = 0.0,
     reduction: Reduction = "mean",
+    normalizer: Number | None = None,
 ) -> Float[Array, "..."]:
     """Log-likelihood cost of the softmax of `logits`: C = −Σ_k y_k ln a_k, also called cross-entropy.
 
@@ -35,27 +45,40 @@ def log_likelihood_cost(
     ∂C/∂z_j = a_j − y_j, computed as a_j (Σ_k y_k − y_j) − y_j (1 − a_j) with 1 − a_j taken from r.
     Neither loses digits, however confident the prediction. The mean's gradient carries 1/N.
 
+    In full, with targets q_k = (1 − α) y_k + α/K, class weights w and sample weight v, an example costs
+    v [Σ_k w_k q_k (−ln a_k) + ζ (ln Σ_k exp z_k)² Σ_k w_k y_k] and weighs v Σ_k w_k y_k in the mean.
+
     Args:
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
         labels: Integers (*batch), the class of each example; or floating-point probabilities of the
-            logits' shape. The cost is differentiable in probabilities.
+            logits' shape.
         axis: The class axis.
-        sample_weight: One number for each example (*batch), or a bool mask. It multiplies the
-            example's cost. An example with weight 0 counts for nothing, whatever it holds.
-        reduction: "mean" divides by the sum of the weights (the number of examples without them),
-            "sum" adds, "none" returns a cost for each example.
+        where: The classes that exist, a bool mask broadcastable to `logits`; all if None. A class that
+            does not counts as one with logit −inf, and takes no share of the smoothing.
+        sample_weight: v, a number for each example (*batch), or a bool mask. An example of weight 0
+            counts for nothing, whatever it holds: NaN, infinity, or a label that names no class.
+        class_weight: w, a number for each class (classes,). Without it an example weighs v, also
+            where its probabilities do not sum to 1.
+        label_smoothing: α from 0 to 1, spread over the K classes that exist.
+        z_loss: ζ, at least 0, the strength of a penalty on the log-normaliser.
+        reduction: "mean" divides by the sum of the examples' weights (the number of examples where
+            there are no weights), "sum" adds, "none" returns a cost for each example.
+        normalizer: What "mean" divides by instead: a global number of tokens, or that of a whole batch
+            accumulated in parts.
 
     Returns:
-        Cost in nats, float32 (float64 for float64 logits): a scalar, or (*batch) for "none".
-        The mean of no examples, or of total weight 0, is 0 with gradient 0.
-        A class with logit −inf has probability and gradient 0 and costs nothing where its label is 0;
+        Cost in nats, float32 (float64 for float64 logits): a scalar, or (*batch) for "none". It is
+        differentiable in logits, probability labels, both weights, α, ζ and `normalizer`; a gradient
+        has its argument's dtype. A mean over total weight 0, or over no examples, is 0 with gradient 0.
+        A class with logit −inf has probability and gradient 0 and costs nothing where its target is 0;
         as the label it costs +inf. NaN or +inf among an example's logits makes that example NaN.
 
     Raises:
-        TypeError: If logits, labels or weights have the wrong kind of dtype (bool labels included).
-        ValueError: If shapes do not fit, `reduction` is unknown, or an integer label known outside
-            jit is not in [0, classes). Under jit such a label gives NaN, in the example's cost and
-            in its gradient.
+        TypeError: If logits, labels, mask or weights have the wrong kind of dtype (bool labels
+            included).
+        ValueError: If shapes do not fit, an option is out of its range, or an integer label known
+            outside jit is not in [0, classes). Under jit such a label gives NaN, in the example's cost
+            and in its gradient, which the float checks of `jax.experimental.checkify` report.
 
     Example:
         >>> logits = jnp.log(jnp.array([0.1, 0.2, 0.25, 0.4, 0.05]))
@@ -64,10 +87,42 @@ def log_likelihood_cost(
 
     References:
         Bridle (1990), "Probabilistic interpretation of feedforward classification network outputs".
+        Szegedy et al. (2016), "Rethinking the Inception architecture", section 7, on smoothing.
         Prieto et al. (2025), "Grokking at the edge of numerical stability", arXiv:2501.04697, on what
         training loses to costs rounded to 0.
     """
-    return _cost_of(_log_likelihood, logits, labels, axis, sample_weight, reduction)
+    z, labels, v = _as_examples(logits, labels, axis, sample_weight)
+    dtype = z.dtype
+    alpha = as_number("label_smoothing", label_smoothing, dtype, most=1)
+    zeta = as_number("z_loss", z_loss, dtype)
+    w = None if class_weight is None else as_class_weight(class_weight, z.shape[-1], dtype)
+    exists = None
+    if where is not None:
+        exists = jnp.moveaxis(as_where(where, jnp.shape(logits)), axis, -1)
+        z = jnp.where(exists, z, -jnp.inf)
+
+    weight = None
+    if _is_probability(labels):
+        y = labels
+        q = y if _is_zero(alpha) else (1 - alpha) * y + _smoothing(alpha, z, exists)
+        cost, log_rest = _log_likelihood(z, q if w is None else w * q)
+        if w is not None:
+            weight = jnp.sum(w * y, axis=-1)
+    else:
+        cost, log_rest = _log_likelihood(z, labels)
+        if w is not None:
+            weight = jnp.take(w, labels, mode="clip")
+            cost = _weighted(weight, cost)
+        if not _is_zero(alpha):
+            share = _smoothing(alpha, z, exists)
+            cost = (1 - alpha) * cost + _shared_cost(z, log_rest, share if w is None else w * share)
+    if not _is_zero(zeta):
+        squared = jnp.square(_maximum(z) + log_rest)
+        cost += zeta * (squared if weight is None else _weighted(weight, squared))
+    if v is not None:
+        cost = _weighted(v, cost)
+        weight = v if weight is None else v * weight
+    return _reduced(cost, weight, reduction, normalizer)
 
 
 def quadratic_cost(
@@ -109,7 +164,11 @@ def quadratic_cost(
     References:
         Nielsen (2015), "Neural Networks and Deep Learning", chapter 3, on the learning slowdown.
     """
-    return _cost_of(_quadratic, logits, labels, axis, sample_weight, reduction)
+    z, labels, weight = _as_examples(logits, labels, axis, sample_weight)
+    cost = _quadratic(z, labels)
+    if weight is not None:
+        cost = _weighted(weight, cost)
+    return _reduced(cost, weight, reduction, None)
 
 
 def weight_penalty(params: PyTree) -> Float[Array, ""]:
@@ -133,7 +192,7 @@ def weight_penalty(params: PyTree) -> Float[Array, ""]:
     References:
         Krogh and Hertz (1991), "A simple weight decay can improve generalization".
     """
-    arrays = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype")]
+    arrays = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype")]
     weights = [a for a in arrays if a.ndim >= 2 and jnp.issubdtype(a.dtype, jnp.floating)]
     if not weights:
         raise ValueError(
@@ -145,86 +204,126 @@ def weight_penalty(params: PyTree) -> Float[Array, ""]:
     return jnp.sum(jnp.stack([square.astype(dtype) for square in squares])) / 2
 
 
-def _cost_of(kernel, logits, labels, axis, sample_weight, reduction):
-    """Checks, `kernel` for each example, weights and reduction."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+def _as_examples(logits, labels, axis, sample_weight):
+    """Checked logits and labels with the classes last, and sample weights, in the dtype to compute in."""
     array, axis = as_logits(logits, axis)
     dtype = arithmetic_dtype(array.dtype)
     weight = None
     if sample_weight is not None:
         weight = as_weights(sample_weight, array.shape[:axis] + array.shape[axis + 1 :], dtype)
-    targets = as_labels(labels, array, axis, sample_weight)
-    if jnp.issubdtype(targets.dtype, jnp.floating):
-        targets = targets.astype(dtype)
-    cost = kernel(jnp.moveaxis(array.astype(dtype), axis, -1), targets)
-    total = cost.size
-    if weight is not None:
-        # Weight 0 leaves an example out whatever its cost; d cost/d weight stays the cost itself.
-        cost = weight * jnp.where((weight == 0) & ~jnp.isfinite(cost), 0, cost)
-        total = jnp.sum(weight)
+    labels = as_labels(labels, array, axis, sample_weight)
+    if _is_probability(labels):
+        labels = labels.astype(dtype)
+    return jnp.moveaxis(array, axis, -1).astype(dtype), labels, weight
+
+
+def _weighted(weight, cost):
+    """Weight times cost: 0 for weight 0 whatever the cost, while d/d weight stays the cost."""
+    return weight * jnp.where((weight == 0) & ~jnp.isfinite(cost), 0, cost)
+
+
+def _reduced(cost, weight, reduction, normalizer):
+    """The costs of all examples as one, or as they are."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer goes with reduction 'mean', got {reduction!r}")
     if reduction == "none":
         return cost
     if reduction == "sum":
         return jnp.sum(cost)
+    if normalizer is not None:
+        total = as_number("normalizer", normalizer, cost.dtype)
+    else:
+        total = cost.size if weight is None else jnp.sum(weight)
     return jnp.where(total == 0, 0, jnp.sum(cost) / jnp.where(total == 0, 1, total))
 
 
-class _Residuals(NamedTuple):
-    sums: RowSums
-    cost: Float[Array, "*batch"]
-    labels: Array
-    logits: Array | None  # Kept for the gradient of probability labels alone.
+def _smoothing(alpha, z, exists):
+    """α/K for each class that exists, 0 for the others."""
+    if exists is None:
+        return alpha / z.shape[-1]
+    exists = exists.astype(z.dtype)
+    return alpha * exists / jnp.maximum(jnp.sum(exists, axis=-1, keepdims=True), 1)
+
+
+def _shared_cost(z, log_rest, share):
+    """Σ_k share_k (−ln a_k). Its gradient a_j Σ_k share_k − share_j has nothing to lose."""
+    surprise = (_maximum(z)[..., None] - z) + log_rest[..., None]
+    if jnp.ndim(share):
+        surprise = jnp.where((share == 0) & (z == -jnp.inf), 0, surprise)
+    return jnp.sum(share * surprise, axis=-1)
+
+
+def _maximum(z):
+    """The row maximum m; what it is subtracted from does not change with it."""
+    return jax.lax.stop_gradient(jnp.max(z, axis=-1))
+
+
+def _is_zero(number):
+    """Whether an option is known to be 0, so that what it asks for can be left out."""
+    return isinstance(number, int | float) and number == 0
 
 
 def _is_probability(labels):
     return jnp.issubdtype(labels.dtype, jnp.floating)
 
 
-def targets_of(labels: Array, exponentials: Float[Array, "*batch classes"]) -> Array:
-    """The targets t (*batch, classes): NaN in the row of an integer label that names no class."""
+class _Residuals(NamedTuple):
+    sums: RowSums
+    own: RowSums | None  # The row sums of the label's class alone, for integer labels.
+    cost: Float[Array, "*batch"]
+    logits: Array | None  # Kept for the gradient of probability labels alone.
+    labels: Array
+
+
+def label_sums(logits: Float[Array, "*batch classes"], labels: Array) -> tuple[RowSums, RowSums | None]:
+    """The row sums that are exact for these labels, and those of an integer label's own class.
+
+    They are NaN in the row of a label that names no class.
+    """
     if _is_probability(labels):
-        return labels
-    classes = exponentials.shape[-1]
-    # Compared before any narrowing cast: a label beyond int32 must not wrap round to a class.
-    labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
-    exists = (labels >= 0) & (labels < classes)
-    label = jnp.where(exists, labels, 0).astype(jnp.int32)[..., None]
-    one_hot = jax.lax.broadcasted_iota(jnp.int32, exponentials.shape, exponentials.ndim - 1) == label
-    return jnp.where(exists[..., None], one_hot.astype(exponentials.dtype), jnp.nan)
-
-
-def _surprise(logits, sums, targets):
-    """−ln a_k for each class; 0 where it is infinite and the target 0, since 0 · ln 0 = 0."""
-    surprise = (sums.maximum - logits) + jnp.log1p(sums.rest)
-    return jnp.where((targets == 0) & (logits == -jnp.inf), 0, surprise)
-
-
-def _scaled(cotangent, cost, gradient):
-    """The gradient of each row times the row's cotangent."""
-    # A row that nobody counts has cotangent 0, whatever it holds: select, since 0 · NaN is NaN.
-    ignored = (cotangent == 0) & ~jnp.isfinite(cost)
-    return jnp.where(ignored[..., None], 0, cotangent[..., None] * gradient)
+        return row_sums(logits), None
+    index = labels[..., None]
+    sums = row_sums(logits, index)
+    sums = sums._replace(rest=jnp.where(index < 0, jnp.nan, sums.rest))
+    own = jnp.exp(pick(logits, index).astype(sums.rest.dtype) - sums.maximum)
+    return sums, sums._replace(exponentials=own)
 
 
 def log_likelihood_gradient(
-    sums: RowSums, targets: Float[Array, "*batch classes"]
+    sums: RowSums, own: RowSums | None, labels: Array
 ) -> Float[Array, "*batch classes"]:
     """∂C/∂z for each row: a − y where the targets sum to 1, without its cancellation."""
-    others = jnp.sum(targets, axis=-1, keepdims=True) - targets
-    return sums.probabilities * others - targets * sums.complements
+    a = sums.probabilities
+    if own is None:
+        return a * sum_of_others(labels) - labels * sums.complements
+    return jnp.where(is_class(a, labels[..., None]), -own.complements, a)
 
 
+def _surprise(sums, logits, targets):
+    """−ln a_k for each class; 0 where it is infinite and the target 0, since 0 · ln 0 = 0."""
+    return jnp.where((targets == 0) & (logits == -jnp.inf), 0, sums.surprises(logits))
+
+
+# What an example costs, and log1p(r), from which smoothing and z-loss are made.
 @jax.custom_vjp
 def _log_likelihood(logits, labels):
     return _log_likelihood_fwd(logits, labels)[0]
 
 
 def _log_likelihood_fwd(logits, labels):
-    sums = row_sums(logits)
-    targets = targets_of(labels, sums.exponentials)
-    cost = jnp.sum(targets * _surprise(logits, sums, targets), axis=-1)
-    return cost, _Residuals(sums, cost, labels, logits if _is_probability(labels) else None)
+    sums, own = label_sums(logits, labels)
+    if own is None:
+        total = jnp.sum(labels, axis=-1)
+        cost = jnp.sum(labels * _surprise(sums, logits, labels), axis=-1)
+    else:
+        total = labels + 1
+        cost = sums.surprises(pick(logits, labels[..., None]))[..., 0]
+    # Where every class has logit −inf there is no distribution, and the label is impossible.
+    cost = jnp.where((total > 0) & (sums.maximum[..., 0] == -jnp.inf), jnp.inf, cost)
+    kept = logits if own is None else None
+    return (cost, jnp.log1p(sums.rest)[..., 0]), _Residuals(sums, own, cost, kept, labels)
 
 
 # C = −Σ_k t_k ln a_k with ∂ ln a_k/∂z_j = δ_jk − a_j, so
@@ -232,13 +331,18 @@ def _log_likelihood_fwd(logits, labels):
 #             = a_j (T − t_j)  −  t_j (1 − a_j)  where nothing cancels: at the label of a one-hot
 #                                                target the first term is 0, elsewhere the second
 #     ∂C/∂t_k = −ln a_k
-def _log_likelihood_bwd(residuals, cotangent):
-    sums, cost, labels, logits = residuals
-    targets = targets_of(labels, sums.exponentials)
-    d_logits = _scaled(cotangent, cost, log_likelihood_gradient(sums, targets))
+# log1p(r) = ln Σ_k exp(z_k − m), and m is held fixed, so
+#     ∂log1p(r)/∂z_j = a_j
+def _log_likelihood_bwd(residuals, cotangents):
+    sums, own, cost, logits, labels = residuals
+    d_cost, d_log_rest = (cotangent[..., None] for cotangent in cotangents)
+    # A row that nobody counts has cotangents 0, whatever it holds: select, since 0 · NaN is NaN.
+    ignored = (d_cost == 0) & (d_log_rest == 0) & ~jnp.isfinite(cost)[..., None]
+    gradient = d_cost * log_likelihood_gradient(sums, own, labels) + d_log_rest * sums.probabilities
+    d_logits = jnp.where(ignored, 0, gradient)
     if logits is None:
         return d_logits, None
-    return d_logits, _scaled(cotangent, cost, _surprise(logits, sums, targets))
+    return d_logits, jnp.where(ignored, 0, d_cost * _surprise(sums, logits, labels))
 
 
 _log_likelihood.defvjp(_log_likelihood_fwd, _log_likelihood_bwd)
@@ -250,25 +354,29 @@ def _quadratic(logits, labels):
 
 
 def _quadratic_fwd(logits, labels):
-    sums = row_sums(logits)
-    difference = _difference(sums, targets_of(labels, sums.exponentials))
+    sums, own = label_sums(logits, labels)
+    difference = _difference(sums, own, labels)
     cost = jnp.sum(jnp.square(difference), axis=-1) / 2
-    return cost, _Residuals(sums, cost, labels, None)
+    return cost, _Residuals(sums, own, cost, None, labels)
 
 
 # C = ½ Σ_k d_k² with d = a − t, so ∂C/∂a = d, pulled back through the softmax, and ∂C/∂t = −d.
 def _quadratic_bwd(residuals, cotangent):
-    sums, cost, labels, _ = residuals
-    difference = _difference(sums, targets_of(labels, sums.exponentials))
-    d_logits = _scaled(cotangent, cost, pull_back_softmax(sums, difference))
-    if not _is_probability(labels):
+    sums, own, cost, _, labels = residuals
+    cotangent = cotangent[..., None]
+    ignored = (cotangent == 0) & ~jnp.isfinite(cost)[..., None]
+    difference = _difference(sums, own, labels)
+    d_logits = jnp.where(ignored, 0, cotangent * pull_back_softmax(sums, difference))
+    if own is not None:
         return d_logits, None
-    return d_logits, _scaled(cotangent, cost, -difference)
+    return d_logits, jnp.where(ignored, 0, -cotangent * difference)
 
 
-def _difference(sums, targets):
-    """A − t as a (1 − t) − t (1 − a), exact where a rounds to 1."""
-    return sums.probabilities * (1 - targets) - targets * sums.complements
+def _difference(sums, own, labels):
+    """The difference a − t as a (1 − t) − t (1 − a), exact where a rounds to 1."""
+    if own is None:
+        return sums.probabilities * (1 - labels) - labels * sums.complements
+    return log_likelihood_gradient(sums, own, labels)
 
 
 _quadratic.defvjp(_quadratic_fwd, _quadratic_bwd)

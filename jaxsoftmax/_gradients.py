@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ def without_custom_rules(function: Callable[..., Any], jvp: bool = False) -> Cal
 
     Returns:
         A function of the same arguments and results. It is traced anew at every call; put `jax.jit`
-        around it to trace once.
+        around it to trace once. A rule that a derivative inside `function` has already used, or that
+        stands in a `custom_jvp` rule, is no longer there to be removed.
 
     Raises:
         TypeError: From the returned function, if a result is not an array.
@@ -54,7 +56,7 @@ def without_custom_rules(function: Callable[..., Any], jvp: bool = False) -> Cal
         arrays = [leaves[i] for i in traced]
         closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
         results = jax_core.jaxpr_as_fun(_without_rules(closed, jvp))(*arrays)
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+        return jax.tree.unflatten(jax.tree.structure(shapes), map(jnp.asarray, results))
 
     return plain
 
@@ -155,7 +157,8 @@ def compare_gradients(
         *args: Its arguments, any pytrees. Gradients are taken for every floating-point array and
             Python float among them; the rest is passed on.
         reference: A function of the same meaning; `without_custom_rules(function)` if None. It is
-            also run in float64, as the truth for both.
+            also run in float64, as the truth for both: so far as plain autodiff in float64 is right, and
+            as the function draws no random numbers and holds no float32 carries of its own.
         argnums: The arguments to differentiate in; all if None.
         key: Draws the cotangents, one for each entry of each output; `jax.random.key(0)` if None. A
             function of one scalar has cotangent 1, so that its gradient is compared.
@@ -165,7 +168,8 @@ def compare_gradients(
         equal to themselves and as infinitely far from anything else.
 
     Raises:
-        ValueError: If there is nothing to differentiate, or the outputs' shapes differ.
+        ValueError: If there is nothing to differentiate, `argnums` is out of range, or the outputs'
+            shapes differ.
 
     Example:
         >>> comparison = compare_gradients(jnp.tanh, jnp.array([0.5]))
@@ -176,7 +180,7 @@ def compare_gradients(
     reference = reference or without_custom_rules(function)
     key = jax.random.key(0) if key is None else key
     named_leaves, tree = jax.tree_util.tree_flatten_with_path(args)
-    chosen = range(len(args)) if argnums is None else np.atleast_1d(argnums) % len(args)
+    chosen = range(len(args)) if argnums is None else _positions(argnums, len(args))
     at = [i for i, (path, leaf) in enumerate(named_leaves) if path[0].idx in chosen and _is_float(leaf)]
     if not at:
         raise ValueError("args must hold a floating-point array to differentiate in, found none")
@@ -189,11 +193,13 @@ def compare_gradients(
             for i, leaf in zip(at, floats, strict=True):
                 filled[i] = leaf
             outputs = jax.tree.leaves(f(*jax.tree.unflatten(tree, filled)))
-            return [output for output in outputs if _is_float(output)]
+            return [jnp.asarray(output) for output in outputs if _is_float(output)]
 
         return jax.vjp(of_floats, *floats)
 
     outputs, pull_back = vjp(function, floats)
+    if not outputs:
+        raise ValueError("function must return a floating-point array to differentiate, got none")
     cotangents = _cotangents(outputs, key)
     custom = pull_back(cotangents)
     outputs, pull_back = vjp(reference, floats)
@@ -246,7 +252,7 @@ def _cotangents(outputs: list[Any], key: PRNGKeyArray) -> list[Any]:
     """A random cotangent for each output; 1 for a single scalar."""
     if [output.shape for output in outputs] == [()]:
         return [jnp.ones((), outputs[0].dtype)]
-    keys = jax.random.split(key, max(1, len(outputs)))
+    keys = jax.random.split(key, len(outputs))
     return [
         jax.random.normal(each, out.shape, out.dtype) for each, out in zip(keys, outputs, strict=True)
     ]
@@ -261,6 +267,14 @@ def _like(cotangents: list[Any], outputs: list[Any]) -> list[Any]:
             f"and {[output.shape for output in outputs]}"
         )
     return [c.astype(output.dtype) for c, output in zip(cotangents, outputs, strict=True)]
+
+
+def _positions(argnums: int | Sequence[int], count: int) -> list[int]:
+    """`argnums` counted from the front."""
+    numbers = [operator.index(n) for n in ([argnums] if isinstance(argnums, int) else argnums)]
+    if not all(-count <= n < count for n in numbers):
+        raise ValueError(f"argnums must be in [{-count}, {count}) for {count} arguments, got {argnums}")
+    return [n % count for n in numbers]
 
 
 def _argument_names(function: Callable[..., Any], count: int) -> list[str]:

@@ -7,9 +7,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, UInt32
 
-from ._checks import FloatArray, LabelArray, as_count, as_floats, as_labels
-from ._cost import log_likelihood_cost, log_likelihood_gradient, targets_of, weight_penalty
-from ._softmax import row_sums, softmax
+from ._checks import (
+    FloatArray,
+    LabelArray,
+    Number,
+    WeightArray,
+    as_count,
+    as_floats,
+    as_labels,
+    as_number,
+    as_weights,
+)
+from ._cost import (
+    label_sums,
+    log_likelihood_cost,
+    log_likelihood_gradient,
+    weight_penalty,
+)
+from ._softmax import softmax
 
 
 class Dense(NamedTuple):
@@ -155,8 +170,9 @@ def network_cost(
     x: FloatArray,
     labels: LabelArray,
     *,
-    penalty: float | int | Float[Array, ""] = 0.0,
+    penalty: Number = 0.0,
     activation: Callable[[Array], Array] = jax.nn.relu,
+    sample_weight: WeightArray | None = None,
     **options: Any,
 ) -> Float[Array, "..."]:
     """Log-likelihood cost of FC → FC → softmax, plus a penalty on the weights.
@@ -170,7 +186,8 @@ def network_cost(
         labels: Integers (*batch) or probabilities (*batch, classes).
         penalty: λ, added once to a "mean" or "sum" and to each example's cost for "none".
         activation: As for `logits`.
-        **options: Passed to `log_likelihood_cost`: `sample_weight`, `reduction`.
+        sample_weight: As for `log_likelihood_cost`; an example of weight 0 may hold NaN in `x` as well.
+        **options: The other options of `log_likelihood_cost` but `axis`.
 
     Returns:
         Cost in nats, as from `log_likelihood_cost`, edges included.
@@ -185,10 +202,17 @@ def network_cost(
         >>> gradient.hidden.weights.shape
         (4, 8)
     """
-    cost = log_likelihood_cost(logits(network, x, activation), labels, **options)
-    if isinstance(penalty, int | float) and penalty == 0:
+    if sample_weight is not None:
+        x = _as_examples(network, x)
+        # ∂C/∂w = xᵀ ∂C/∂z: there 0 · NaN would be NaN.
+        ignored = (as_weights(sample_weight, x.shape[:-1], x.dtype) == 0)[..., None]
+        x = jnp.where(ignored & ~jnp.isfinite(x), 0, x)
+    z = logits(network, x, activation)
+    cost = log_likelihood_cost(z, labels, sample_weight=sample_weight, **options)
+    penalty = as_number("penalty", penalty, cost.dtype)
+    if isinstance(penalty, float) and penalty == 0:
         return cost
-    return cost + (penalty * weight_penalty(network)).astype(cost.dtype)
+    return cost + penalty * weight_penalty(network).astype(cost.dtype)
 
 
 def backpropagate(
@@ -229,11 +253,11 @@ def backpropagate(
     z = _apply(network.output, hidden)
     cost = log_likelihood_cost(z, labels)
 
-    sums = row_sums(z.astype(cost.dtype))
-    targets = targets_of(as_labels(labels, z, z.ndim - 1, None), sums.exponentials)
-    examples = max(1, z[..., 0].size)
+    labels = as_labels(labels, z, z.ndim - 1, None)
+    labels = labels if labels.dtype == jnp.int32 else labels.astype(cost.dtype)
     # softmax(z) − y, in the form that loses no digits.
-    d_z = (log_likelihood_gradient(sums, targets) / examples).astype(z.dtype)
+    d_z = log_likelihood_gradient(*label_sums(z.astype(cost.dtype), labels), labels)
+    d_z = (d_z / max(1, z[..., 0].size)).astype(z.dtype)
     d_hidden = d_z @ network.output.weights.T
     d_hidden_inputs = jnp.where(hidden_inputs > 0, d_hidden, 0)
     return cost, Network(

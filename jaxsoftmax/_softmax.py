@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from ._checks import FloatArray, MaskArray, arithmetic_dtype, as_logits, as_where
 
@@ -38,8 +38,7 @@ def softmax(logits: FloatArray, axis: int = -1, where: MaskArray | None = None) 
     References:
         Bridle (1990), "Probabilistic interpretation of feedforward classification network outputs".
     """
-    probabilities = _along_last(_softmax, logits, axis, where)
-    return probabilities if where is None else jnp.where(where, probabilities, 0)
+    return _along_last(_softmax, logits, axis, where, masked=0)
 
 
 def log_softmax(
@@ -69,8 +68,7 @@ def log_softmax(
         >>> log_softmax(jnp.array([40.0, 0.0]))[0]  # jax.nn.log_softmax gives 0
         Array(-4.248354e-18, dtype=float32)
     """
-    log_probabilities = _along_last(_log_softmax, logits, axis, where)
-    return log_probabilities if where is None else jnp.where(where, log_probabilities, -jnp.inf)
+    return _along_last(_log_softmax, logits, axis, where, masked=-jnp.inf)
 
 
 def softmax_jacobian(logits: FloatArray) -> Float[Array, "..."]:
@@ -96,7 +94,7 @@ def softmax_jacobian(logits: FloatArray) -> Float[Array, "..."]:
          [-0.25  0.25]]
     """
     array, _ = as_logits(logits, -1)
-    sums = row_sums(array.astype(arithmetic_dtype(array.dtype)))
+    sums = row_sums(array)
     same = jnp.eye(array.shape[-1], dtype=bool)
     a = sums.probabilities
     on_diagonal = a * sums.complements
@@ -105,7 +103,7 @@ def softmax_jacobian(logits: FloatArray) -> Float[Array, "..."]:
 
 
 class RowSums(NamedTuple):
-    """The sums over a row of logits z from which everything exact is made.
+    """The sums over each row of logits z from which everything exact is made.
 
     With m = max_k z_k and e_k = exp(z_k − m), the e_k add up to 1 + r: the winner's own 1 and the
     *rest* r, which is summed without the 1. So nothing is lost when r is far below 1, and
@@ -127,38 +125,111 @@ class RowSums(NamedTuple):
         """1 − a_k."""
         return (self.rest + (1 - self.exponentials)) / (1 + self.rest)
 
-    @property
-    def winners(self) -> Float[Array, "*batch classes"]:
-        """1 for the classes at the maximum, 0 for the others."""
-        return jnp.floor(self.exponentials)
+    def surprises(self, logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
+        """−ln a_k."""
+        return (self.maximum - logits.astype(self.maximum.dtype)) + jnp.log1p(self.rest)
 
 
-def row_sums(logits: Float[Array, "*batch classes"]) -> RowSums:
-    """The row sums of logits in the dtype to compute in."""
-    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    exponentials = jnp.exp(logits - maximum)
-    # Since 0 <= e <= 1, floor(e) picks the winners by arithmetic alone; with ties all but one stay.
-    winners = jnp.floor(exponentials)
-    rest = jnp.sum(exponentials - winners, axis=-1, keepdims=True)
-    rest += jnp.sum(winners, axis=-1, keepdims=True) - 1
+def row_sums(
+    logits: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"] | None = None
+) -> RowSums:
+    """The row sums of the logits, in float32 or wider.
+
+    `index` names the class of each row whose numbers need be exact, its label. If None they are exact
+    for every class; finding the winner costs one more pass over the logits.
+    """
+    dtype = arithmetic_dtype(logits.dtype)
+    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)).astype(dtype)
+    if index is None:
+        index = _winner(logits, maximum)
+    exponentials = jnp.exp(logits.astype(dtype) - maximum)
+    own = jnp.exp(pick(logits, index).astype(dtype) - maximum)
+    # The sum without the class at `index`. If that is a winner, own is 1 and the rest has lost nothing.
+    # If not, the winner's 1 is in the sum, and what adding it rounds off is below the last digit.
+    rest = _sum_of_others(exponentials, index) + (own - 1)
     return RowSums(maximum, exponentials, rest)
+
+
+def pick(
+    logits: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]
+) -> Float[Array, "*batch 1"]:
+    """The logit of each row at `index`."""
+    if _is_sharded(logits):
+        # A gather along a sharded axis is refused; a sum over it is not.
+        return jnp.sum(jnp.where(is_class(logits, index), logits, 0), axis=-1, keepdims=True)
+    return jnp.take_along_axis(logits, index, axis=-1, mode="clip")
+
+
+# XLA on the CPU runs a sum, and what it sums, as one pass over the logits that stores nothing, as long
+# as everything between is arithmetic on rows and columns. A comparison or a select there would store
+# one more array of the logits' size. So classes are told apart by arithmetic on their numbers.
+
+
+def _winner(logits, maximum):
+    """The first class at the maximum, as (*batch, 1) integers."""
+    huge = jnp.finfo(maximum.dtype).max
+    numbers = jnp.arange(logits.shape[-1], dtype=maximum.dtype)
+    # 0 at a winner, huge elsewhere: twice, so that the smallest difference that there is becomes huge.
+    behind = jnp.minimum((maximum - logits.astype(maximum.dtype)) * huge, 1) * huge
+    first = jnp.min(jax.lax.stop_gradient(numbers + behind), axis=-1, keepdims=True)
+    return first.astype(jnp.int32)
+
+
+def _sum_of_others(exponentials, index):
+    """Σ_{k ≠ index} e_k."""
+    *batch, classes = exponentials.shape
+    block = 0 if _is_sharded(exponentials) else _block(classes)
+    if block:
+        # Long rows as several short ones: faster, and a sum of sums rounds less.
+        first = block * jnp.arange(classes // block, dtype=index.dtype)
+        sums = _sum_of_others(exponentials.reshape(-1, block), (index - first).reshape(-1, 1))
+        return jnp.sum(sums.reshape(*batch, classes // block), axis=-1, keepdims=True)
+    numbers = jnp.arange(classes, dtype=exponentials.dtype)
+    is_other = jnp.minimum(jnp.abs(numbers - index.astype(exponentials.dtype)), 1)
+    return jnp.sum(exponentials * is_other, axis=-1, keepdims=True)
+
+
+def _block(classes):
+    """The length of the blocks that a row of so many classes is summed in; 0 for one block."""
+    if classes <= 4096:
+        return 0
+    # Blocks must not cross the boundary between two devices' classes, whose number is mostly a power
+    # of two: the number of blocks keeps the most factors of two, then the blocks the most classes.
+    lengths = [length for length in range(256, 2049) if classes % length == 0]
+    return max(lengths, key=lambda n: ((classes // n) & -(classes // n), n), default=0)
+
+
+def _is_sharded(array):
+    """Whether the array's type says that it is spread over an explicit mesh."""
+    return any(axis is not None for axis in jax.typeof(array).sharding.spec)
+
+
+def is_class(logits: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]) -> Array:
+    """Whether each class is the one of its row at `index`."""
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == index
 
 
 def pull_back_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes"]) -> Array:
     """A cotangent of the probabilities, as one of the logits: a_j (c_j − Σ_k a_k c_k)."""
-    # Only differences of c matter. Measured from the winner's own c, the winner's term in Σ a c is
+    # Only differences of c matter. Measured from a winner's own c, the winner's term in Σ a c is
     # exactly 0, and the sum keeps its digits when the winner's a is all but 1.
-    winners = sums.winners
-    at_winner = jnp.sum(winners * cotangent, -1, keepdims=True) / jnp.sum(winners, -1, keepdims=True)
-    relative = cotangent - at_winner
+    winner = jnp.argmax(sums.exponentials, axis=-1, keepdims=True).astype(jnp.int32)
+    relative = cotangent - pick(cotangent, winner)
     a = sums.probabilities
     return a * (relative - jnp.sum(a * relative, axis=-1, keepdims=True))
 
 
 def pull_back_log_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes"]) -> Array:
     """A cotangent of the log-probabilities, as one of the logits: c_j (1 − a_j) − a_j Σ_{k≠j} c_k."""
-    others = jnp.sum(cotangent, axis=-1, keepdims=True) - cotangent
-    return cotangent * sums.complements - sums.probabilities * others
+    return cotangent * sums.complements - sums.probabilities * sum_of_others(cotangent)
+
+
+def sum_of_others(values: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
+    """Σ_{k≠j} v_k for each class j, which Σ_k v_k − v_j would lose where v_j is nearly all of it."""
+    largest = jnp.argmax(jnp.abs(values), axis=-1, keepdims=True).astype(jnp.int32)
+    rest = _sum_of_others(values, largest)
+    # All others but the largest, and the largest where the class is another.
+    return jnp.where(is_class(values, largest), rest, (rest - values) + pick(values, largest))
 
 
 @jax.custom_vjp
@@ -185,7 +256,7 @@ def _log_softmax(logits):
 
 def _log_softmax_fwd(logits):
     sums = row_sums(logits)
-    return (logits - sums.maximum) - jnp.log1p(sums.rest), sums
+    return -sums.surprises(logits), sums
 
 
 def _log_softmax_bwd(sums, cotangent):
@@ -195,11 +266,12 @@ def _log_softmax_bwd(sums, cotangent):
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 
-def _along_last(kernel, logits, axis, where):
-    """`kernel` over `axis`, in float32 or wider, with masked classes at −inf."""
+def _along_last(kernel, logits, axis, where, masked):
+    """`kernel` over `axis`, in float32 or wider; `masked` for the classes that do not exist."""
     array, axis = as_logits(logits, axis)
     z = array.astype(arithmetic_dtype(array.dtype))
-    if where is not None:
-        z = jnp.where(as_where(where, z.shape), z, -jnp.inf)
-    result = jnp.moveaxis(kernel(jnp.moveaxis(z, axis, -1)), -1, axis)
-    return result.astype(array.dtype)
+    exists = None if where is None else as_where(where, z.shape)
+    if exists is not None:
+        z = jnp.where(exists, z, -jnp.inf)
+    result = jnp.moveaxis(kernel(jnp.moveaxis(z, axis, -1)), -1, axis).astype(array.dtype)
+    return result if exists is None else jnp.where(exists, result, masked)

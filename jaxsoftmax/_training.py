@@ -1,5 +1,6 @@
 """Functional training with optax: a jitted step, and a whole epoch as one compiled scan."""
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,8 +49,9 @@ def make_step(
 
     Returns:
         `step(state, batch)` → (state after one update, cost before it). The state passed in stays
-        valid; to reuse its memory instead, wrap it as `jax.jit(step, donate_argnums=0)`. A NaN cost is
-        returned, and NaN goes into the parameters.
+        valid; to reuse its memory instead, wrap it as `jax.jit(step, donate_argnums=0)`, with an
+        optimizer whose state holds no array twice. A NaN cost is returned, and NaN goes into the
+        parameters.
 
     Raises:
         TypeError: From the returned function, if `cost` does not return a scalar.
@@ -64,7 +66,7 @@ def make_step(
 
 
 def make_epoch(
-    cost: Cost, optimizer: Optimizer, batch_size: int
+    cost: Cost, optimizer: Optimizer, batch_size: Any
 ) -> Callable[
     [TrainState, Any, PRNGKeyArray | UInt32[Array, "2"]],
     tuple[TrainState, Float[Array, " batches"]],
@@ -97,8 +99,10 @@ def make_epoch(
         >>> int(state.step), costs.shape
         (3, (3,))
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"batch_size must be an integer, got {batch_size!r}")
+    try:
+        batch_size = operator.index(batch_size)
+    except TypeError:
+        raise TypeError(f"batch_size must be an integer, got {batch_size!r}") from None
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
@@ -123,7 +127,11 @@ def make_epoch(
 
 def _step(cost, optimizer, state, batch):
     value, gradient = jax.value_and_grad(cost)(state.params, batch)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    # What line searches and schedules that follow the cost ask for; others take no notice of it.
+    extra = {"value": value, "grad": gradient, "value_fn": lambda params: cost(params, batch)}
+    if not isinstance(optimizer, optax.MultiSteps):
+        optimizer = optax.with_extra_args_support(optimizer)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, opt_state, state.step + 1), value
 
