@@ -20,7 +20,7 @@ from ._checks import (
     as_weights,
     as_where,
 )
-from ._softmax import RowSums, is_class, pick, pull_back_softmax, row_sums, sum_of_others
+from ._softmax import RowSums, is_class, is_sharded, pick, pull_back_softmax, row_sums, sum_of_others
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -111,7 +111,7 @@ def log_likelihood_cost(
     else:
         cost, log_rest = _log_likelihood(z, labels)
         if w is not None:
-            weight = jnp.take(w, labels, mode="clip")
+            weight = _weight_of_class(w, labels, z)
             cost = _weighted(weight, cost)
         if not _is_zero(alpha):
             share = _smoothing(alpha, z, exists)
@@ -215,6 +215,13 @@ def _as_examples(logits, labels, axis, sample_weight):
     if _is_probability(labels):
         labels = labels.astype(dtype)
     return jnp.moveaxis(array, axis, -1).astype(dtype), labels, weight
+
+
+def _weight_of_class(w, labels, z):
+    """The class weight of each example; any number where the label names no class."""
+    if is_sharded(z):
+        return jnp.sum(jnp.where(is_class(z, labels[..., None]), w, 0), axis=-1)
+    return jnp.take(w, labels, mode="clip")
 
 
 def _weighted(weight, cost):

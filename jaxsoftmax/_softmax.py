@@ -154,7 +154,7 @@ def pick(
     logits: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]
 ) -> Float[Array, "*batch 1"]:
     """The logit of each row at `index`."""
-    if _is_sharded(logits):
+    if is_sharded(logits):
         # A gather along a sharded axis is refused; a sum over it is not.
         return jnp.sum(jnp.where(is_class(logits, index), logits, 0), axis=-1, keepdims=True)
     return jnp.take_along_axis(logits, index, axis=-1, mode="clip")
@@ -178,7 +178,7 @@ def _winner(logits, maximum):
 def _sum_of_others(exponentials, index):
     """Σ_{k ≠ index} e_k."""
     *batch, classes = exponentials.shape
-    block = 0 if _is_sharded(exponentials) else _block(classes)
+    block = 0 if is_sharded(exponentials) else _block(classes)
     if block:
         # Long rows as several short ones: faster, and a sum of sums rounds less.
         first = block * jnp.arange(classes // block, dtype=index.dtype)
@@ -199,8 +199,8 @@ def _block(classes):
     return max(lengths, key=lambda n: ((classes // n) & -(classes // n), n), default=0)
 
 
-def _is_sharded(array):
-    """Whether the array's type says that it is spread over an explicit mesh."""
+def is_sharded(array: Array) -> bool:
+    """Whether the array's type says that it is spread over an explicit mesh, which refuses gathers."""
     return any(axis is not None for axis in jax.typeof(array).sharding.spec)
 
 

@@ -123,3 +123,40 @@ def network_gradient(parameters, x, labels, penalty=0.0):
         d_z.sum(0),
     )
     return cost, gradient
+
+
+def complete_cost(
+    z, y, v=None, w=None, alpha=0.0, zeta=0.0, exists=None, reduction="mean", normalizer=None
+):
+    """The log-likelihood cost with every option, for probability rows y, in NumPy alone.
+
+    It takes complex numbers, so that `complex_step` can differentiate it.
+    """
+    exists = np.ones(np.shape(z), bool) if exists is None else np.broadcast_to(exists, np.shape(z))
+    w_or_1 = np.ones(np.shape(z)[-1]) if w is None else w
+    shifted = np.where(exists, z, 0)
+    normalizers = np.log(np.sum(np.where(exists, np.exp(shifted), 0), axis=-1))
+    share = exists / exists.sum(axis=-1, keepdims=True)
+    q = (1 - alpha) * y + alpha * share
+    weights = 1 if w is None else np.sum(w_or_1 * y, axis=-1)
+    each = np.sum(np.where(exists, w_or_1 * q * (normalizers[..., None] - shifted), 0), axis=-1)
+    each = each + zeta * weights * normalizers**2
+    v_or_1 = np.ones(np.shape(z)[:-1]) if v is None else v
+    each, weights = v_or_1 * each, v_or_1 * weights * np.ones(np.shape(z)[:-1])
+    if reduction == "none":
+        return each
+    if reduction == "sum":
+        return each.sum()
+    return each.sum() / (weights.sum() if normalizer is None else normalizer)
+
+
+def complex_step(function, arguments, name, cotangent):
+    """Σ cotangent · ∂function/∂arguments[name], an entry at a time, by steps along the imaginary axis."""
+    value = np.asarray(arguments[name], np.complex128)
+    gradient = np.zeros(value.shape)
+    for index in np.ndindex(value.shape):
+        moved = value.copy()
+        moved[index] += 1e-30j
+        result = function(**{**arguments, name: moved})
+        gradient[index] = np.sum(cotangent * np.imag(result)) / 1e-30
+    return gradient

@@ -232,7 +232,6 @@ def test_rows_and_classes_may_be_sharded(explicit):
     hnp.arrays(np.float32, (3, 4), elements=st.floats(-50, 50, width=32)),
     hnp.arrays(np.int32, (3,), elements=st.integers(0, 3)),
 )
-@hypothesis.settings(deadline=None)
 def test_laws(rows, classes):
     logits, labels = jnp.asarray(rows), jnp.asarray(classes)
     cost, gradient = jax.value_and_grad(js.log_likelihood_cost)(logits, labels)

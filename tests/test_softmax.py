@@ -77,7 +77,6 @@ def test_backward_keeps_one_array_of_the_logits_size():
 
 
 @hypothesis.given(ROWS, st.floats(-100, 100, width=32))
-@hypothesis.settings(deadline=None)
 def test_laws(rows, shift):
     logits = jnp.asarray(rows)
     probabilities = js.softmax(logits)

@@ -1,0 +1,204 @@
+"""Every option of the log-likelihood cost, alone and together, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import assert_close, unchecked
+
+import jaxsoftmax as js
+
+SHAPE = (4, 5)
+GENERATOR = np.random.default_rng(7)
+Z = GENERATOR.normal(size=SHAPE) * 3
+LABELS = np.array([0, 3, 4, 0])
+PROBABILITIES = GENERATOR.gamma(1.0, size=SHAPE)
+PROBABILITIES[:, 2] = 0
+PROBABILITIES /= PROBABILITIES.sum(axis=-1, keepdims=True)
+V = np.array([0.5, 0.0, 2.0, 1.5])
+W = np.array([1.0, 0.3, 2.0, 0.0, 0.7])
+EXISTS = np.array([True, True, False, True, True])
+# The oracle's names for the options, and the library's.
+NAMES = {
+    "y": "labels", "v": "sample_weight", "w": "class_weight", "alpha": "label_smoothing",
+    "zeta": "z_loss", "exists": "where",
+}  # fmt: skip
+COMBINATIONS = [
+    {},
+    {"v": V},
+    {"w": W},
+    {"alpha": 0.1},
+    {"zeta": 0.01},
+    {"exists": EXISTS},
+    {"v": V, "w": W},
+    {"w": W, "alpha": 0.2},
+    {"alpha": 0.2, "exists": EXISTS},
+    {"v": V, "w": W, "alpha": 0.3, "zeta": 0.02, "exists": EXISTS},
+    {"v": V, "w": W, "alpha": 1.0, "zeta": 0.5, "exists": EXISTS, "normalizer": 7.0},
+]
+
+
+def ours(logits, labels, options):
+    return js.log_likelihood_cost(
+        logits, labels, **{NAMES.get(name, name): value for name, value in options.items()}
+    )
+
+
+@pytest.mark.parametrize("options", COMBINATIONS, ids=lambda options: "+".join(options) or "none")
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_value_and_every_gradient_are_the_oracles(options, soft, reduction):
+    if reduction != "mean" and "normalizer" in options:
+        options = {name: value for name, value in options.items() if name != "normalizer"}
+    y = PROBABILITIES if soft else np.eye(5)[LABELS]
+    arguments = {"z": Z, "y": y, "reduction": reduction, **options}
+    expected = oracle.complete_cost(**arguments)
+    cotangent = np.random.default_rng(1).normal(size=np.shape(expected))
+    floats = [name for name in ("z", "y", "v", "w", "alpha", "zeta", "normalizer") if name in arguments]
+    if not soft:
+        floats.remove("y")
+    truth = {
+        name: oracle.complex_step(oracle.complete_cost, arguments, name, cotangent) for name in floats
+    }
+
+    def function(values):
+        given = {**arguments, **values, "reduction": reduction}
+        z, labels = given.pop("z"), given.pop("y")
+        return ours(z, labels if soft else LABELS, given)
+
+    with jax.enable_x64(True):
+        values = {name: jnp.asarray(arguments[name], jnp.float64) for name in floats}
+        for f in (function, jax.jit(function)):
+            value, pull_back = jax.vjp(f, values)
+            assert_close(value, expected, ulps=32)
+            (gradient,) = pull_back(jnp.asarray(cotangent, jnp.float64))
+            assert_close(
+                [gradient[name] for name in floats], tuple(truth[name] for name in floats), ulps=64
+            )
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_second_derivatives_with_every_option(soft):
+    options = COMBINATIONS[-2]
+    labels = PROBABILITIES if soft else LABELS
+    with jax.enable_x64(True):
+        z = jnp.asarray(Z, jnp.float64)
+
+        def custom(z):
+            return ours(z, labels, options)
+
+        expected = jax.hessian(js.without_custom_rules(custom))(z)
+        assert_close(jax.hessian(custom)(z), expected, ulps=64)
+        assert_close(jax.jacrev(jax.jacrev(custom))(z), expected, ulps=64)
+
+
+def test_a_masked_label_is_impossible():
+    for labels in (jnp.array([2]), jax.nn.one_hot(jnp.array([2]), 5)):
+        assert ours(jnp.asarray(Z[:1], jnp.float32), labels, {"exists": EXISTS}) == np.inf
+        nowhere = ours(jnp.asarray(Z[:1], jnp.float32), labels, {"exists": np.zeros(5, bool)})
+        assert nowhere == np.inf
+
+
+def test_masked_classes_may_hold_anything():
+    z = jnp.asarray(Z, jnp.float32)
+    options = {"exists": EXISTS, "alpha": 0.1, "w": W}
+    cost, gradient = jax.value_and_grad(lambda z: ours(z, LABELS, options))(z)
+    for junk in (jnp.nan, jnp.inf, -jnp.inf, 1e38):
+        dirty = jax.value_and_grad(lambda z: ours(z, LABELS, options))(z.at[:, 2].set(junk))
+        assert_close(dirty, (cost, gradient), ulps=0)
+    assert_close(gradient[:, 2], np.zeros(4), ulps=0)
+    kept = jnp.array([0, 1, 3, 4])
+    without = jax.grad(lambda z: ours(z, np.array([0, 2, 3, 0]), {"alpha": 0.1, "w": W[np.array(kept)]}))(
+        z[:, kept]
+    )
+    assert_close(gradient[:, kept], without, ulps=4)
+
+
+def test_scaling_class_weights_changes_no_mean():
+    z = jnp.asarray(Z, jnp.float32)
+    doubled = ours(z, LABELS, {"w": 2 * W, "alpha": 0.1, "zeta": 0.1})
+    assert_close(doubled, ours(z, LABELS, {"w": W, "alpha": 0.1, "zeta": 0.1}), ulps=4)
+
+
+def test_a_normalizer_makes_parts_of_a_batch_add_up():
+    z, weight = jnp.asarray(Z, jnp.float32), jnp.asarray(V, jnp.float32)
+    whole = ours(z, LABELS, {"v": weight})
+    parts = [
+        ours(z[part], LABELS[part], {"v": weight[part], "normalizer": V.sum()})
+        for part in (slice(0, 1), slice(1, 4))
+    ]
+    assert_close(parts[0] + parts[1], whole, ulps=4)
+    assert float(ours(z, LABELS, {"normalizer": 0})) == 0
+
+
+def test_checkify_reports_a_label_that_names_no_class():
+    from jax.experimental import checkify
+
+    checked = checkify.checkify(jax.jit(js.log_likelihood_cost), errors=checkify.float_checks)
+    z = jnp.asarray(Z, jnp.float32)
+    assert checked(z, jnp.asarray(LABELS))[0].get() is None
+    assert "nan generated" in checked(z, jnp.array([0, 9, 1, 2]))[0].get()
+
+
+def test_long_rows_are_summed_in_blocks(key):
+    for classes in (5000, 4099, 8192):
+        z = jax.random.normal(key, (2, classes)) * 3
+        labels = jnp.array([0, classes - 1])
+        exact = np.asarray(z, np.float64)
+        value, gradient = jax.value_and_grad(js.log_likelihood_cost)(z, labels)
+        assert_close(value, oracle.complete_cost(exact, np.eye(classes)[np.asarray(labels)]), ulps=4)
+        a = np.exp(exact - exact.max(-1, keepdims=True))
+        a /= a.sum(-1, keepdims=True)
+        assert_close(gradient, (a - np.eye(classes)[np.asarray(labels)]) / 2, ulps=4)
+
+
+def test_no_array_of_the_logits_size_beside_the_gradient():
+    logits = jax.ShapeDtypeStruct((1024, 8192), jnp.float32)
+    labels = jax.ShapeDtypeStruct((1024,), jnp.int32)
+    for function in (js.log_likelihood_cost, jax.value_and_grad(js.log_likelihood_cost)):
+        analysis = jax.jit(function).lower(logits, labels).compile().memory_analysis()
+        limit = 0.02 if function is not js.log_likelihood_cost else 1.02
+        assert analysis.temp_size_in_bytes < limit * 1024 * 8192 * 4
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_options_on_a_mesh(explicit, soft, key):
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
+    spec = jax.sharding.PartitionSpec
+    z = jax.random.normal(key, (8, 16)) * 3
+    labels = jax.nn.softmax(z) if soft else jnp.arange(8)
+    options = {
+        "v": jnp.arange(8.0), "w": jnp.linspace(0.0, 2.0, 16), "alpha": 0.1, "zeta": 0.01,
+        "exists": jnp.arange(16) != 3,
+    }  # fmt: skip
+
+    def function(z, labels):
+        return ours(z, labels, options)
+
+    expected = jax.value_and_grad(function)(z, labels)
+    with jax.set_mesh(mesh):
+        z = jax.device_put(z, jax.NamedSharding(mesh, spec("data", "model")))
+        layout = spec("data", "model") if soft else spec("data")
+        labels = jax.device_put(labels, jax.NamedSharding(mesh, layout))
+        actual = jax.device_get(jax.jit(jax.value_and_grad(function))(z, labels))
+    assert_close(actual, expected, ulps=8)
+
+
+def test_errors_say_what_to_do():
+    cost = unchecked(js.log_likelihood_cost)
+    z = jnp.asarray(Z, jnp.float32)
+    with pytest.raises(ValueError, match=r"label_smoothing must be from 0 to 1, got 1\.5"):
+        cost(z, LABELS, label_smoothing=1.5)
+    with pytest.raises(ValueError, match=r"z_loss must be at least 0, got -1"):
+        cost(z, LABELS, z_loss=-1)
+    with pytest.raises(TypeError, match=r"z_loss must be a real scalar, got float32 of shape \(2,\)"):
+        cost(z, LABELS, z_loss=jnp.ones(2))
+    with pytest.raises(ValueError, match=r"class_weight must have shape \(5,\), .* got \(4,\)"):
+        cost(z, LABELS, class_weight=jnp.ones(4))
+    with pytest.raises(ValueError, match="normalizer goes with reduction 'mean', got 'sum'"):
+        cost(z, LABELS, reduction="sum", normalizer=3)
+    with pytest.raises(ValueError, match=r"where \(4,\) must broadcast to the logits' \(4, 5\)"):
+        cost(z, LABELS, where=jnp.ones(4, bool))
