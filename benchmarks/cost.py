@@ -1,11 +1,12 @@
 """The log-likelihood cost against its inexact peers: time and temporary memory.
 
 Value-and-gradient and value alone, for integer labels. JAX functions run interleaved in one process;
-PyTorch, where it is installed, in one of its own. Ratios of medians: below 1 this library is faster. Saves
-cost.md and cost.png beside this file.
+PyTorch, where it is installed, in one of its own. Ratios of medians: below 1 this library is faster.
+Saves cost.md and cost.png beside this file.
 """
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -84,7 +85,8 @@ def in_jax(shape: tuple[int, int], dtype: str, gradient: bool) -> tuple[dict[str
         name: jax.jit(function).lower(*arguments).compile()
         for name, function in {**{n: transform(c) for n, c in COSTS.items()}, "copy": copy}.items()
     }
-    temporary = compiled["jaxsoftmax"].memory_analysis().temp_size_in_bytes / arguments[0].nbytes
+    analysis = compiled["jaxsoftmax"].memory_analysis()
+    temporary = analysis.temp_size_in_bytes / arguments[0].nbytes if analysis else math.nan
     runs = {
         name: lambda function=function: jax.block_until_ready(function(*arguments))
         for name, function in compiled.items()
@@ -149,10 +151,8 @@ def main() -> None:
         print(lines[-1], flush=True)
     for gradient, kind in ((True, "value and gradient"), (False, "value")):
         mean = float(np.exp(np.mean(np.log(ratios[gradient]))))
-        lines += [
-            "",
-            f"{kind} over optax integer: geometric mean {mean:.2f}, worst {max(ratios[gradient]):.2f}",
-        ]
+        worst = max(ratios[gradient])
+        lines += ["", f"{kind} over optax integer: geometric mean {mean:.2f}, worst {worst:.2f}"]
         print(lines[-1])
     (HERE / "cost.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(ratios)
