@@ -131,9 +131,10 @@ def main() -> None:
     in_other_process = torch_seconds()
     peers = [name for name in COSTS if name != "jaxsoftmax"]
     columns = [*peers, *(["PyTorch"] if in_other_process else []), "copy"]
+    device = jax.devices()[0].device_kind
     lines = [
-        f"JAX {jax.__version__}, {jax.devices()[0].device_kind}. Time of `log_likelihood_cost` over that of "
-        "each peer and of a copy of the logits; below 1 it is the faster.",
+        f"JAX {jax.__version__}, {device}. Time of `log_likelihood_cost` over that of each peer and of a "
+        "copy of the logits; below 1 it is the faster.",
         "",
         "| | shape | dtype | " + " | ".join(columns) + " | temporary bytes / logits |",
         "|---" * (len(columns) + 4) + "|",

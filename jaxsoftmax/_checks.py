@@ -15,6 +15,7 @@ LabelArray = Integer[Array, "..."] | Integer[np.ndarray, "..."] | int | np.integ
 MaskArray = Bool[Array, "..."] | Bool[np.ndarray, "..."]
 WeightArray = Num[Array, "..."] | Num[np.ndarray, "..."] | MaskArray
 
+MOST_CLASSES = 2**24
 Number = int | float | Num[Array, ""] | np.number
 
 
@@ -43,6 +44,11 @@ def as_logits(logits: ArrayLike, axis: int) -> tuple[Array, int]:
     if array.shape[axis] == 0:
         raise ValueError(
             f"logits must have at least one class, got shape {array.shape} with none along axis {axis}"
+        )
+    if array.shape[axis] > MOST_CLASSES:
+        raise ValueError(
+            f"logits may have {MOST_CLASSES} classes at most, which float32 can still number one by one, "
+            f"got {array.shape[axis]}"
         )
     return array, axis
 
@@ -153,7 +159,7 @@ def as_number(name: str, value: Any, dtype: jax.typing.DTypeLike, most: float | 
     kinds = (jnp.floating, jnp.integer)
     if array.ndim or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise TypeError(f"{name} must be a real scalar, got {array.dtype} of shape {array.shape}")
-    if _is_known(value) and not 0 <= value <= most:
+    if _is_known(value) and not 0 <= np.asarray(value) <= most:
         limit = "at least 0" if most == np.inf else f"from 0 to {most}"
         raise ValueError(f"{name} must be {limit}, got {value}")
     return float(value) if isinstance(value, int | float) else array.astype(dtype)

@@ -47,6 +47,7 @@ def log_likelihood_cost(
 
     In full, with targets q_k = (1 − α) y_k + α/K, class weights w and sample weight v, an example costs
     v [Σ_k w_k q_k (−ln a_k) + ζ (ln Σ_k exp z_k)² Σ_k w_k y_k] and weighs v Σ_k w_k y_k in the mean.
+    Without class weights Σ_k w_k y_k stands for 1.
 
     Args:
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
@@ -104,24 +105,27 @@ def log_likelihood_cost(
     weight = None
     if _is_probability(labels):
         y = labels
+        if v is not None:
+            y = jnp.where((v == 0)[..., None] & ~jnp.isfinite(y), 0, y)
         q = y if _is_zero(alpha) else (1 - alpha) * y + _smoothing(alpha, z, exists)
-        cost, log_rest = _log_likelihood(z, q if w is None else w * q)
+        cost, log_rest, z = _ignoring(v, z, *_log_likelihood(z, q if w is None else w * q))
         if w is not None:
             weight = jnp.sum(w * y, axis=-1)
     else:
-        cost, log_rest = _log_likelihood(z, labels)
+        cost, log_rest, z = _ignoring(v, z, *_log_likelihood(z, labels))
         if w is not None:
-            weight = _weight_of_class(w, labels, z)
+            weight = _weight_of_class(w, labels, z, v)
             cost = _weighted(weight, cost)
         if not _is_zero(alpha):
             share = _smoothing(alpha, z, exists)
-            cost = (1 - alpha) * cost + _shared_cost(z, log_rest, share if w is None else w * share)
+            share = share if w is None else w * share
+            cost = _weighted(1 - alpha, cost) + _shared_cost(z, log_rest, share, v)
     if not _is_zero(zeta):
         squared = jnp.square(_maximum(z) + log_rest)
         cost += zeta * (squared if weight is None else _weighted(weight, squared))
     if v is not None:
         cost = _weighted(v, cost)
-        weight = v if weight is None else v * weight
+        weight = v if weight is None else _weighted(v, weight)
     return _reduced(cost, weight, reduction, normalizer)
 
 
@@ -217,16 +221,29 @@ def _as_examples(logits, labels, axis, sample_weight):
     return jnp.moveaxis(array, axis, -1).astype(dtype), labels, weight
 
 
-def _weight_of_class(w, labels, z):
-    """The class weight of each example; any number where the label names no class."""
+def _ignoring(v, z, cost, log_rest):
+    """Cost, log1p(r) and logits, with numbers in place of what breaks an example of weight 0."""
+    if v is None:
+        return cost, log_rest, z
+    ignored = (v == 0) & ~jnp.isfinite(cost + log_rest)
+    # The logits matter for smoothing and z-loss alone; where neither is asked for, nothing reads them.
+    z = jnp.where(ignored[..., None], 0, z)
+    return jnp.where(ignored, 0, cost), jnp.where(ignored, 0, log_rest), z
+
+
+def _weight_of_class(w, labels, z, v):
+    """The class weight of each example; NaN where the label names no class and v is not 0."""
     if is_sharded(z):
-        return jnp.sum(jnp.where(is_class(z, labels[..., None]), w, 0), axis=-1)
-    return jnp.take(w, labels, mode="clip")
+        weight = jnp.sum(jnp.where(is_class(z, labels[..., None]), w, 0), axis=-1)
+    else:
+        weight = jnp.take(w, labels, mode="clip")
+    counts = True if v is None else v != 0
+    return jnp.where((labels < 0) & counts, jnp.nan, weight)
 
 
 def _weighted(weight, cost):
     """Weight times cost: 0 for weight 0 whatever the cost, while d/d weight stays the cost."""
-    return weight * jnp.where((weight == 0) & ~jnp.isfinite(cost), 0, cost)
+    return weight * jnp.where(jnp.equal(weight, 0) & ~jnp.isfinite(cost), 0, cost)
 
 
 def _reduced(cost, weight, reduction, normalizer):
@@ -254,11 +271,12 @@ def _smoothing(alpha, z, exists):
     return alpha * exists / jnp.maximum(jnp.sum(exists, axis=-1, keepdims=True), 1)
 
 
-def _shared_cost(z, log_rest, share):
+def _shared_cost(z, log_rest, share, v):
     """Σ_k share_k (−ln a_k). Its gradient a_j Σ_k share_k − share_j has nothing to lose."""
     surprise = (_maximum(z)[..., None] - z) + log_rest[..., None]
-    if jnp.ndim(share):
-        surprise = jnp.where((share == 0) & (z == -jnp.inf), 0, surprise)
+    if v is not None or not isinstance(share, float):
+        nothing = jnp.equal(share, 0) if v is None else jnp.equal(share, 0) | (v == 0)[..., None]
+        surprise = jnp.where(nothing & (z == -jnp.inf), 0, surprise)
     return jnp.sum(share * surprise, axis=-1)
 
 
@@ -344,7 +362,7 @@ def _log_likelihood_bwd(residuals, cotangents):
     sums, own, cost, logits, labels = residuals
     d_cost, d_log_rest = (cotangent[..., None] for cotangent in cotangents)
     # A row that nobody counts has cotangents 0, whatever it holds: select, since 0 · NaN is NaN.
-    ignored = (d_cost == 0) & (d_log_rest == 0) & ~jnp.isfinite(cost)[..., None]
+    ignored = (d_cost == 0) & (d_log_rest == 0) & ~jnp.isfinite(cost[..., None] + sums.rest)
     gradient = d_cost * log_likelihood_gradient(sums, own, labels) + d_log_rest * sums.probabilities
     d_logits = jnp.where(ignored, 0, gradient)
     if logits is None:

@@ -141,7 +141,7 @@ def row_sums(
     dtype = arithmetic_dtype(logits.dtype)
     maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)).astype(dtype)
     if index is None:
-        index = _winner(logits, maximum)
+        index = _first_largest(logits.astype(dtype))
     exponentials = jnp.exp(logits.astype(dtype) - maximum)
     own = jnp.exp(pick(logits, index).astype(dtype) - maximum)
     # The sum without the class at `index`. If that is a winner, own is 1 and the rest has lost nothing.
@@ -165,14 +165,14 @@ def pick(
 # one more array of the logits' size. So classes are told apart by arithmetic on their numbers.
 
 
-def _winner(logits, maximum):
-    """The first class at the maximum, as (*batch, 1) integers."""
-    huge = jnp.finfo(maximum.dtype).max
-    numbers = jnp.arange(logits.shape[-1], dtype=maximum.dtype)
-    # 0 at a winner, huge elsewhere: twice, so that the smallest difference that there is becomes huge.
-    behind = jnp.minimum((maximum - logits.astype(maximum.dtype)) * huge, 1) * huge
-    first = jnp.min(jax.lax.stop_gradient(numbers + behind), axis=-1, keepdims=True)
-    return first.astype(jnp.int32)
+def _first_largest(values):
+    """The first class of each row with the largest value, as (*batch, 1) integers."""
+    values = jax.lax.stop_gradient(values)
+    huge = jnp.finfo(values.dtype).max
+    numbers = jnp.arange(values.shape[-1], dtype=values.dtype)
+    # 0 at the largest, huge elsewhere: twice, so that the smallest difference that there is becomes huge.
+    behind = jnp.minimum((jnp.max(values, axis=-1, keepdims=True) - values) * huge, 1) * huge
+    return jnp.min(numbers + behind, axis=-1, keepdims=True).astype(jnp.int32)
 
 
 def _sum_of_others(exponentials, index):
@@ -213,8 +213,7 @@ def pull_back_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes"]) 
     """A cotangent of the probabilities, as one of the logits: a_j (c_j − Σ_k a_k c_k)."""
     # Only differences of c matter. Measured from a winner's own c, the winner's term in Σ a c is
     # exactly 0, and the sum keeps its digits when the winner's a is all but 1.
-    winner = jnp.argmax(sums.exponentials, axis=-1, keepdims=True).astype(jnp.int32)
-    relative = cotangent - pick(cotangent, winner)
+    relative = cotangent - pick(cotangent, _first_largest(sums.exponentials))
     a = sums.probabilities
     return a * (relative - jnp.sum(a * relative, axis=-1, keepdims=True))
 
@@ -226,7 +225,7 @@ def pull_back_log_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes
 
 def sum_of_others(values: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
     """Σ_{k≠j} v_k for each class j, which Σ_k v_k − v_j would lose where v_j is nearly all of it."""
-    largest = jnp.argmax(jnp.abs(values), axis=-1, keepdims=True).astype(jnp.int32)
+    largest = _first_largest(jnp.abs(values))
     rest = _sum_of_others(values, largest)
     # All others but the largest, and the largest where the class is another.
     return jnp.where(is_class(values, largest), rest, (rest - values) + pick(values, largest))

@@ -40,6 +40,7 @@ def assert_relative(actual, expected, *, eps_multiple):
     """Every entry within (eps_multiple + |ln |true||) · eps of itself; under 1e−37 aside."""
     eps = float(jnp.finfo(actual.dtype).eps)
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
     known = np.abs(expected) > 1e-37
     actual, expected = actual[known], expected[known]
     error = np.abs(actual - expected) / np.abs(expected)

@@ -52,6 +52,30 @@ def test_cost_and_gradient_are_exact_at_every_confidence(classes, one_hot, dtype
             assert_relative(gradient, truth, eps_multiple=8)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("classes", [4099, 70_000, 131_072])
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_many_classes_are_as_exact(classes, one_hot, dtype):
+    label = classes - 2
+    logits = np.random.default_rng(5).normal(size=(6, classes)) / 3
+    logits[:, label] = [-80, -5, 0, 5, 40, 80]
+    with jax.enable_x64(dtype == jnp.float64):
+        for offset in (0.0, 1000.0):
+            z = jnp.asarray(logits + offset, dtype)
+            labels = jnp.full(6, label, jnp.int32)
+            if one_hot:
+                labels = jax.nn.one_hot(labels, classes, dtype=dtype)
+
+            def total(z, labels=labels):
+                each = js.log_likelihood_cost(z, labels, reduction="none")
+                return jnp.sum(each), each
+
+            (_, cost), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(z)
+            exact_cost, exact_gradient = oracle.many_classes(np.asarray(z), label)
+            assert_relative(cost, exact_cost, eps_multiple=8)
+            assert_relative(gradient, exact_gradient, eps_multiple=8)
+
+
 def test_the_learning_slowdown():
     wrong_and_saturated, label = jnp.array([20.0, 0.0]), jnp.array(1)
     quadratic = jax.grad(js.quadratic_cost)(wrong_and_saturated, label)

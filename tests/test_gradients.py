@@ -174,6 +174,19 @@ def test_a_reference_may_be_given(key):
         js.compare_gradients(js.log_likelihood_cost, logits, labels, argnums=1)
 
 
+@pytest.mark.parametrize("argnums", [2, -3, (0, 7)])
+def test_argnums_out_of_range_are_refused(argnums):
+    x = jnp.ones(2)
+    with pytest.raises(ValueError, match=r"argnums must be in \[-2, 2\) for 2 arguments"):
+        js.compare_gradients(jnp.multiply, x, x, argnums=argnums)
+    js.compare_gradients(jnp.multiply, x, x, argnums=-1).assert_close()
+
+
+def test_a_function_without_floating_point_results_is_refused():
+    with pytest.raises(ValueError, match="must return a floating-point array"):
+        js.compare_gradients(lambda x: jnp.round(x).astype(jnp.int32), jnp.ones(2))
+
+
 def test_one_exact_gradient_where_plain_autodiff_has_none():
     logits = jnp.array([[40.0, 0.0, 0.0]])
     row = js.compare_gradients(js.log_likelihood_cost, logits, jnp.array([0])).rows[0]

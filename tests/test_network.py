@@ -72,6 +72,20 @@ def test_backpropagate_keeps_its_digits_when_confident(key):
     assert np.isnan(gradient.output.bias).all()
 
 
+def test_an_example_of_weight_zero_may_hold_nan(key):
+    network, x, labels = example(key, examples=6)
+    weight = jnp.array([1.0, 0.0, 2.0, 1.0, 0.0, 1.0])
+    dirty = x.at[1].set(jnp.nan).at[4, 2].set(jnp.inf)
+    kept = weight != 0
+    actual = jax.value_and_grad(js.network_cost)(network, dirty, labels, sample_weight=weight)
+    expected = jax.value_and_grad(js.network_cost)(
+        network, x[kept], labels[kept], sample_weight=weight[kept]
+    )
+    assert_close(actual, expected, ulps=4)
+    with pytest.raises(TypeError, match=r"penalty must be a real scalar, got float32 of shape \(2,\)"):
+        unchecked(js.network_cost)(network, x, labels, penalty=jnp.ones(2))
+
+
 def test_predictions_agree(key):
     network, x, _ = example(key)
     probabilities = js.predict_probabilities(network, x)

@@ -202,3 +202,51 @@ def test_errors_say_what_to_do():
         cost(z, LABELS, reduction="sum", normalizer=3)
     with pytest.raises(ValueError, match=r"where \(4,\) must broadcast to the logits' \(4, 5\)"):
         cost(z, LABELS, where=jnp.ones(4, bool))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("jit", [False, True])
+def test_an_example_of_weight_zero_breaks_no_option(soft, jit):
+    z = jnp.asarray(Z, jnp.float32)
+    labels = jnp.asarray(PROBABILITIES, jnp.float32) if soft else jnp.asarray(LABELS)
+    weight = jnp.array([1.0, 0.0, 2.0, 0.0])
+    kept = jnp.array([0, 2])
+    dropped = jnp.array([1, 3])
+    w = jnp.asarray(W, jnp.float32)
+
+    def gradients(z, labels, weight):
+        def cost(z, w, alpha, zeta):
+            options = {"v": weight, "w": w, "alpha": alpha, "zeta": zeta}
+            return ours(z, labels, options)
+
+        return jax.value_and_grad(cost, argnums=(0, 1, 2, 3))(z, w, jnp.float32(0.1), jnp.float32(0.2))
+
+    expected = gradients(z[kept], labels[kept], weight[kept])
+    bad_labels = labels.at[dropped].set(jnp.nan if soft else -100)
+    function = jax.jit(gradients) if jit else gradients
+    for junk in (0.0, jnp.nan, jnp.inf, -jnp.inf):
+        for given in (labels, bad_labels):
+            dirty = z.at[1].set(junk).at[3, 2].set(junk)
+            value, (d_z, *d_options) = function(dirty, given, weight)
+            assert_close(
+                (value, d_z[kept], d_options), (expected[0], expected[1][0], expected[1][1:]), ulps=8
+            )
+            assert_close(d_z[dropped], np.zeros((2, 5)), ulps=0)
+
+
+def test_corners_of_smoothing_and_class_weights():
+    z = jnp.array([[1.0, 2.0, -jnp.inf]])
+    for zero in (0.0, jnp.float32(0)):
+        assert_close(
+            js.log_likelihood_cost(z, jnp.array([0]), label_smoothing=zero), np.log1p(np.e), ulps=2
+        )
+    here = jnp.array([True, True, False])
+    masked = js.log_likelihood_cost(
+        jnp.array([[1.0, 2.0, 3.0]]), jnp.array([2]), where=here, label_smoothing=1.0
+    )
+    assert_close(masked, np.log1p(np.e) - 0.5, ulps=2)
+    bad = jax.jit(lambda y: js.log_likelihood_cost(z, y, class_weight=jnp.array([0.0, 1.0, 1.0])))
+    assert np.isnan(bad(jnp.array([7])))
+    strength = jnp.asarray(0.1)
+    captured = jax.jit(lambda z: js.log_likelihood_cost(z, jnp.array([0]), z_loss=strength))
+    assert np.isfinite(captured(z))

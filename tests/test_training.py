@@ -91,6 +91,15 @@ def test_a_key_decides_the_order_and_the_bits(key):
     assert not same_bits(first, epoch(state, data, jax.random.fold_in(key, 1)))
 
 
+@pytest.mark.parametrize("optimizer", [optax.lbfgs(), optax.polyak_sgd()])
+def test_optimizers_that_follow_the_cost_get_it(optimizer, key):
+    state = js.init_state(jnp.array(0.0), optimizer)
+    epoch = js.make_epoch(squared, optimizer, np.int64(4))
+    for number in range(5):
+        state, _ = epoch(state, jnp.full(8, 3.0), jax.random.fold_in(key, number))
+    assert float(state.params) == pytest.approx(3.0, rel=0.01)
+
+
 def test_states_may_be_donated(key):
     optimizer = optax.sgd(0.1)
     state = js.init_state(jnp.array(0.0), optimizer)
