@@ -53,7 +53,7 @@ def truth(row: np.ndarray) -> tuple[float, float]:
 def torch_results(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """PyTorch's costs and label gradients; None where it is not installed."""
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     tensor = torch.tensor(rows, requires_grad=True)

@@ -96,7 +96,7 @@ def in_jax(shape: tuple[int, int], dtype: str, gradient: bool) -> tuple[dict[str
 
 def in_torch() -> list[float]:
     """Median seconds of PyTorch's cross_entropy over the grid, in the order of `grid`."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     seconds = []
     for shape, dtype, gradient in grid():
