@@ -146,7 +146,8 @@ def row_sums(
     own = jnp.exp(pick(logits, index).astype(dtype) - maximum)
     # The sum without the class at `index`. If that is a winner, own is 1 and the rest has lost nothing.
     # If not, the winner's 1 is in the sum, and what adding it rounds off is below the last digit.
-    rest = _sum_of_others(exponentials, index) + (own - 1)
+    # No exponential is above 1, so the smaller of it and the distance from `index` leaves that class out.
+    rest = _sum_of_others(exponentials, index, jnp.minimum) + (own - 1)
     return RowSums(maximum, exponentials, rest)
 
 
@@ -175,18 +176,18 @@ def _first_largest(values):
     return jnp.min(numbers + behind, axis=-1, keepdims=True).astype(jnp.int32)
 
 
-def _sum_of_others(exponentials, index):
-    """Σ_{k ≠ index} e_k."""
-    *batch, classes = exponentials.shape
-    block = 0 if is_sharded(exponentials) else _block(classes)
+def _sum_of_others(values, index, leave_out):
+    """Σ_{k ≠ index} v_k. `leave_out(v, distance)` is 0 at distance 0 and v from distance 2."""
+    *batch, classes = values.shape
+    block = 0 if is_sharded(values) else _block(classes)
     if block:
         # Long rows as several short ones: faster, and a sum of sums rounds less.
         first = block * jnp.arange(classes // block, dtype=index.dtype)
-        sums = _sum_of_others(exponentials.reshape(-1, block), (index - first).reshape(-1, 1))
+        sums = _sum_of_others(values.reshape(-1, block), (index - first).reshape(-1, 1), leave_out)
         return jnp.sum(sums.reshape(*batch, classes // block), axis=-1, keepdims=True)
-    numbers = jnp.arange(classes, dtype=exponentials.dtype)
-    is_other = jnp.minimum(jnp.abs(numbers - index.astype(exponentials.dtype)), 1)
-    return jnp.sum(exponentials * is_other, axis=-1, keepdims=True)
+    # Twice the distance: at 1 the derivative of min(v, distance) would be undecided where v is 1 too.
+    distance = jnp.abs(2 * jnp.arange(classes, dtype=values.dtype) - 2 * index.astype(values.dtype))
+    return jnp.sum(leave_out(values, distance), axis=-1, keepdims=True)
 
 
 def _block(classes):
@@ -226,7 +227,7 @@ def pull_back_log_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes
 def sum_of_others(values: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
     """Σ_{k≠j} v_k for each class j, which Σ_k v_k − v_j would lose where v_j is nearly all of it."""
     largest = _first_largest(jnp.abs(values))
-    rest = _sum_of_others(values, largest)
+    rest = _sum_of_others(values, largest, lambda v, distance: v * jnp.minimum(distance, 1))
     # All others but the largest, and the largest where the class is another.
     return jnp.where(is_class(values, largest), rest, (rest - values) + pick(values, largest))
 
