@@ -92,3 +92,17 @@ def test_learning_slowdown(example, tmp_path):
     assert quadratic.gradient_norm[0] < 0.02 * log_likelihood.gradient_norm[0]
     assert np.argmax(quadratic.accuracy >= 0.9) > 3 * np.argmax(log_likelihood.accuracy >= 0.9) > 0
     assert picture.exists()
+
+
+def test_softmax_collapse_stops_the_rounded_cost_alone(example, tmp_path):
+    arguments = ["--modulus", "11", "--steps", "20000", "--learning-rate", "0.02"]
+    runs = example("softmax_collapse").main([*arguments, "--output", str(tmp_path / "collapse.png")])
+    rounded, exact = runs["optax"], runs["jaxsoftmax"]
+    assert rounded.train_accuracy[-1] == exact.train_accuracy[-1] == 1
+    assert np.max(rounded.silent_labels) > 0.5
+    assert np.all(exact.silent_labels == 0)
+    assert np.all(exact.silent_examples == 0)
+    assert np.any(rounded.cost == 0)
+    np.testing.assert_allclose(exact.cost, exact.true_cost, rtol=0.05)
+    assert exact.true_cost[-1] < 1e-9
+    assert rounded.true_cost[-1] > 100 * exact.true_cost[-1]
