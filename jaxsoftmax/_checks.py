@@ -69,30 +69,35 @@ def as_where(where: ArrayLike, shape: tuple[int, ...]) -> Array:
         raise ValueError(f"where {mask.shape} must broadcast to the logits' {shape}") from None
 
 
-def as_labels(labels: ArrayLike, logits: Array, axis: int, weight: ArrayLike | None) -> Array:
-    """Labels as int32 (*batch), −1 for one that names no class, or probabilities with the classes last.
+def as_labels(
+    labels: ArrayLike,
+    shape: tuple[int, ...],
+    axis: int,
+    weight: ArrayLike | None,
+    num_classes: int | None = None,
+) -> Array:
+    """Labels for logits of `shape`: int32 (*batch), −1 for one that names no class, or probabilities.
 
-    Where `weight` is 0 the label may be anything.
+    Probabilities have their classes last. Where `weight` is 0 the label may be anything. Integer labels
+    name one of the first `num_classes` classes, of all if None.
     """
     array = jnp.asarray(labels)
-    batch = logits.shape[:axis] + logits.shape[axis + 1 :]
-    classes = logits.shape[axis]
+    batch = shape[:axis] + shape[axis + 1 :]
+    classes = shape[axis] if num_classes is None else num_classes
     if jnp.issubdtype(array.dtype, jnp.integer):
         if array.shape != batch:
-            hint = (
-                ": for one-hot labels use a floating-point dtype" if array.shape == logits.shape else ""
-            )
+            hint = ": for one-hot labels use a floating-point dtype" if array.shape == shape else ""
             raise ValueError(
-                f"integer labels must have shape {batch}, one for each row of logits {logits.shape} "
+                f"integer labels must have shape {batch}, one for each row of logits {shape} "
                 f"along axis {axis}, got {array.shape}{hint}"
             )
         # The labels as given: inside jit, jnp.asarray has already made a tracer of a known array.
         _check_range(labels, classes, weight)
         return _as_index(array, classes)
     if jnp.issubdtype(array.dtype, jnp.floating):
-        if array.shape != logits.shape:
+        if array.shape != shape:
             raise ValueError(
-                f"probability labels must have the logits' shape {logits.shape}, got {array.shape}: "
+                f"probability labels must have the logits' shape {shape}, got {array.shape}: "
                 "pass integer labels to name one class per example"
             )
         return jnp.moveaxis(array, axis, -1)

@@ -1,6 +1,7 @@
 """The log-likelihood cost, the quadratic cost it is compared with, and the weight penalty."""
 
-from typing import Literal, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,16 @@ from ._checks import (
     as_weights,
     as_where,
 )
-from ._softmax import RowSums, is_class, is_sharded, pick, pull_back_softmax, row_sums, sum_of_others
+from ._softmax import (
+    RowSums,
+    below,
+    is_class,
+    is_sharded,
+    pick,
+    pull_back_softmax,
+    row_sums,
+    sum_of_others,
+)
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -93,40 +103,13 @@ def log_likelihood_cost(
         training loses to costs rounded to 0.
     """
     z, labels, v = _as_examples(logits, labels, axis, sample_weight)
-    dtype = z.dtype
-    alpha = as_number("label_smoothing", label_smoothing, dtype, most=1)
-    zeta = as_number("z_loss", z_loss, dtype)
-    w = None if class_weight is None else as_class_weight(class_weight, z.shape[-1], dtype)
+    options = as_options(class_weight, label_smoothing, z_loss, z.shape[-1], z.dtype)
     exists = None
     if where is not None:
         exists = jnp.moveaxis(as_where(where, jnp.shape(logits)), axis, -1)
         z = jnp.where(exists, z, -jnp.inf)
-
-    weight = None
-    if _is_probability(labels):
-        y = labels
-        if v is not None:
-            y = jnp.where((v == 0)[..., None] & ~jnp.isfinite(y), 0, y)
-        q = y if _is_zero(alpha) else (1 - alpha) * y + _smoothing(alpha, z, exists)
-        cost, log_rest, z = _ignoring(v, z, *_log_likelihood(z, q if w is None else w * q))
-        if w is not None:
-            weight = jnp.sum(w * y, axis=-1)
-    else:
-        cost, log_rest, z = _ignoring(v, z, *_log_likelihood(z, labels))
-        if w is not None:
-            weight = _weight_of_class(w, labels, z, v)
-            cost = _weighted(weight, cost)
-        if not _is_zero(alpha):
-            share = _smoothing(alpha, z, exists)
-            share = share if w is None else w * share
-            cost = _weighted(1 - alpha, cost) + _shared_cost(z, log_rest, share, v)
-    if not _is_zero(zeta):
-        squared = jnp.square(_maximum(z) + log_rest)
-        cost += zeta * (squared if weight is None else _weighted(weight, squared))
-    if v is not None:
-        cost = _weighted(v, cost)
-        weight = v if weight is None else _weighted(v, weight)
-    return _reduced(cost, weight, reduction, normalizer)
+    cost = example_costs(z, labels, v, options, exists)
+    return reduced(cost, total_weight(labels, v, w=options.class_weight), reduction, normalizer)
 
 
 def quadratic_cost(
@@ -169,10 +152,10 @@ def quadratic_cost(
         Nielsen (2015), "Neural Networks and Deep Learning", chapter 3, on the learning slowdown.
     """
     z, labels, weight = _as_examples(logits, labels, axis, sample_weight)
-    cost = _quadratic(z, labels)
+    cost = _quadratic(z, _as_targets(labels, weight, z.dtype))
     if weight is not None:
         cost = _weighted(weight, cost)
-    return _reduced(cost, weight, reduction, None)
+    return reduced(cost, total_weight(labels, weight), reduction, None)
 
 
 def weight_penalty(params: PyTree) -> Float[Array, ""]:
@@ -208,17 +191,85 @@ def weight_penalty(params: PyTree) -> Float[Array, ""]:
     return jnp.sum(jnp.stack([square.astype(dtype) for square in squares])) / 2
 
 
+class Options(NamedTuple):
+    """Class weights w, smoothing α and z-loss ζ; None for what is not asked for."""
+
+    class_weight: Float[Array, " classes"] | None
+    label_smoothing: Number | None
+    z_loss: Number | None
+
+
+def as_options(
+    class_weight: Any, label_smoothing: Any, z_loss: Any, classes: int, dtype: jax.typing.DTypeLike
+) -> Options:
+    """The options of a cost over so many classes, checked, in the dtype to compute in."""
+    return Options(
+        None if class_weight is None else as_class_weight(class_weight, classes, dtype),
+        _unless_zero(as_number("label_smoothing", label_smoothing, dtype, most=1)),
+        _unless_zero(as_number("z_loss", z_loss, dtype)),
+    )
+
+
+def example_costs(
+    z: Float[Array, "*batch classes"],
+    labels: Array,
+    v: Float[Array, "*batch"] | None,
+    options: Options,
+    exists: Array | None,
+) -> Float[Array, "*batch"]:
+    """What each example costs, its sample weight v included.
+
+    `exists` tells, for (classes) or (*batch, classes), which classes do; z must be −inf for the others.
+    """
+    w, alpha, zeta = options
+    labels = _as_targets(labels, v, z.dtype)
+    class_weight = None if w is None else _class_weight(labels, v, w)
+    if _is_probability(labels):
+        q = labels if alpha is None else (1 - alpha) * labels + _smoothing(alpha, z, exists)
+        cost, log_rest, z = _ignoring(v, z, *_log_likelihood(z, q if w is None else w * q))
+    else:
+        cost, log_rest, z = _ignoring(v, z, *_log_likelihood(z, labels))
+        if w is not None:
+            cost = _weighted(class_weight, cost)
+        if alpha is not None:
+            share = _smoothing(alpha, z, exists)
+            share = share if w is None else w * share
+            cost = _weighted(1 - alpha, cost) + _shared_cost(z, log_rest, share, v)
+    if zeta is not None:
+        squared = jnp.square(_maximum(z) + log_rest)
+        cost += zeta * (squared if w is None else _weighted(class_weight, squared))
+    return cost if v is None else _weighted(v, cost)
+
+
+def total_weight(
+    labels: Array, v: Float[Array, "*batch"] | None, w: Float[Array, " classes"] | None = None
+) -> Array | int:
+    """What all examples together weigh in the mean: Σ_n v Σ_k w_k y_k."""
+    if w is not None:
+        weight = _class_weight(_as_targets(labels, v, w.dtype), v, w)
+        return jnp.sum(weight if v is None else _weighted(v, weight))
+    if v is not None:
+        return jnp.sum(v)
+    return math.prod(labels.shape[:-1] if _is_probability(labels) else labels.shape)
+
+
 def _as_examples(logits, labels, axis, sample_weight):
     """Checked logits and labels with the classes last, and sample weights, in the dtype to compute in."""
     array, axis = as_logits(logits, axis)
     dtype = arithmetic_dtype(array.dtype)
-    weight = None
+    v = None
     if sample_weight is not None:
-        weight = as_weights(sample_weight, array.shape[:axis] + array.shape[axis + 1 :], dtype)
-    labels = as_labels(labels, array, axis, sample_weight)
-    if _is_probability(labels):
-        labels = labels.astype(dtype)
-    return jnp.moveaxis(array, axis, -1).astype(dtype), labels, weight
+        v = as_weights(sample_weight, array.shape[:axis] + array.shape[axis + 1 :], dtype)
+    labels = as_labels(labels, array.shape, axis, sample_weight)
+    return jnp.moveaxis(array, axis, -1).astype(dtype), labels, v
+
+
+def _as_targets(labels, v, dtype):
+    """Integer labels as they are; probabilities in `dtype`, with 0 for what v = 0 ignores."""
+    if not _is_probability(labels):
+        return labels
+    y = labels.astype(dtype)
+    return y if v is None else jnp.where((v == 0)[..., None] & ~jnp.isfinite(y), 0, y)
 
 
 def _ignoring(v, z, cost, log_rest):
@@ -231,10 +282,13 @@ def _ignoring(v, z, cost, log_rest):
     return jnp.where(ignored, 0, cost), jnp.where(ignored, 0, log_rest), z
 
 
-def _weight_of_class(w, labels, z, v):
-    """The class weight of each example; NaN where the label names no class and v is not 0."""
-    if is_sharded(z):
-        weight = jnp.sum(jnp.where(is_class(z, labels[..., None]), w, 0), axis=-1)
+def _class_weight(labels, v, w):
+    """Σ_k w_k y_k for each example; NaN where an integer label names no class and v is not 0."""
+    if _is_probability(labels):
+        return jnp.sum(w * labels, axis=-1)
+    if is_sharded(labels) or is_sharded(w):
+        own = jnp.arange(w.shape[0], dtype=labels.dtype) == labels[..., None]
+        weight = jnp.sum(jnp.where(own, w, 0), axis=-1)
     else:
         weight = jnp.take(w, labels, mode="clip")
     counts = True if v is None else v != 0
@@ -246,8 +300,13 @@ def _weighted(weight, cost):
     return weight * jnp.where(jnp.equal(weight, 0) & ~jnp.isfinite(cost), 0, cost)
 
 
-def _reduced(cost, weight, reduction, normalizer):
-    """The costs of all examples as one, or as they are."""
+def reduced(
+    cost: Float[Array, "*batch"],
+    weight: Array | int,
+    reduction: str,
+    normalizer: Any,
+) -> Float[Array, "..."]:
+    """The costs of all examples, which weigh `weight` together, as one number or as they are."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if normalizer is not None and reduction != "mean":
@@ -257,10 +316,8 @@ def _reduced(cost, weight, reduction, normalizer):
     if reduction == "sum":
         return jnp.sum(cost)
     if normalizer is not None:
-        total = as_number("normalizer", normalizer, cost.dtype)
-    else:
-        total = cost.size if weight is None else jnp.sum(weight)
-    return jnp.where(total == 0, 0, jnp.sum(cost) / jnp.where(total == 0, 1, total))
+        weight = as_number("normalizer", normalizer, cost.dtype)
+    return jnp.where(weight == 0, 0, jnp.sum(cost) / jnp.where(weight == 0, 1, weight))
 
 
 def _smoothing(alpha, z, exists):
@@ -273,7 +330,7 @@ def _smoothing(alpha, z, exists):
 
 def _shared_cost(z, log_rest, share, v):
     """Σ_k share_k (−ln a_k). Its gradient a_j Σ_k share_k − share_j has nothing to lose."""
-    surprise = (_maximum(z)[..., None] - z) + log_rest[..., None]
+    surprise = log_rest[..., None] - below(z, _maximum(z)[..., None])
     if v is not None or not isinstance(share, float):
         nothing = jnp.equal(share, 0) if v is None else jnp.equal(share, 0) | (v == 0)[..., None]
         surprise = jnp.where(nothing & (z == -jnp.inf), 0, surprise)
@@ -285,9 +342,9 @@ def _maximum(z):
     return jax.lax.stop_gradient(jnp.max(z, axis=-1))
 
 
-def _is_zero(number):
-    """Whether an option is known to be 0, so that what it asks for can be left out."""
-    return isinstance(number, int | float) and number == 0
+def _unless_zero(number):
+    """None for an option that is known to be 0, so that what it asks for can be left out."""
+    return None if isinstance(number, int | float) and number == 0 else number
 
 
 def _is_probability(labels):

@@ -127,7 +127,7 @@ class RowSums(NamedTuple):
 
     def surprises(self, logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
         """−ln a_k."""
-        return (self.maximum - logits.astype(self.maximum.dtype)) + jnp.log1p(self.rest)
+        return -below(logits.astype(self.maximum.dtype), self.maximum) + jnp.log1p(self.rest)
 
 
 def row_sums(
@@ -142,13 +142,23 @@ def row_sums(
     maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)).astype(dtype)
     if index is None:
         index = _first_largest(logits.astype(dtype))
-    exponentials = jnp.exp(logits.astype(dtype) - maximum)
-    own = jnp.exp(pick(logits, index).astype(dtype) - maximum)
+    exponentials = jnp.exp(below(logits.astype(dtype), maximum))
+    own = jnp.exp(below(pick(logits, index).astype(dtype), maximum))
     # The sum without the class at `index`. If that is a winner, own is 1 and the rest has lost nothing.
     # If not, the winner's 1 is in the sum, and what adding it rounds off is below the last digit.
     # No exponential is above 1, so the smaller of it and the distance from `index` leaves that class out.
     rest = _sum_of_others(exponentials, index, jnp.minimum) + (own - 1)
     return RowSums(maximum, exponentials, rest)
+
+
+def below(logits: Float[Array, "*batch classes"], maximum: Float[Array, "*batch 1"]) -> Array:
+    """z_k − m, which is exactly 0 for a winner.
+
+    A compiler may compute the logits again where they are used, and merge a product in them with this
+    subtraction into one rounding: 0.3 x − m would then not be 0 for the winner. No product reaches
+    across a minimum, and this one, with a number above every logit, changes nothing else.
+    """
+    return jnp.minimum(logits, 2 * jnp.abs(maximum) + 1) - maximum
 
 
 def pick(
@@ -172,8 +182,11 @@ def _first_largest(values):
     huge = jnp.finfo(values.dtype).max
     numbers = jnp.arange(values.shape[-1], dtype=values.dtype)
     # 0 at the largest, huge elsewhere: twice, so that the smallest difference that there is becomes huge.
-    behind = jnp.minimum((jnp.max(values, axis=-1, keepdims=True) - values) * huge, 1) * huge
-    return jnp.min(numbers + behind, axis=-1, keepdims=True).astype(jnp.int32)
+    behind = -below(values, jnp.max(values, axis=-1, keepdims=True))
+    behind = jnp.minimum(behind * huge, 1) * huge
+    first = jnp.min(numbers + behind, axis=-1, keepdims=True)
+    # Should no class be the largest, for NaN or because values were rounded otherwise here, any will do.
+    return jnp.minimum(first, values.shape[-1] - 1).astype(jnp.int32)
 
 
 def _sum_of_others(values, index, leave_out):
@@ -214,7 +227,8 @@ def pull_back_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes"]) 
     """A cotangent of the probabilities, as one of the logits: a_j (c_j − Σ_k a_k c_k)."""
     # Only differences of c matter. Measured from a winner's own c, the winner's term in Σ a c is
     # exactly 0, and the sum keeps its digits when the winner's a is all but 1.
-    relative = cotangent - pick(cotangent, _first_largest(sums.exponentials))
+    winner = _first_largest(sums.exponentials)
+    relative = jnp.where(is_class(cotangent, winner), 0, cotangent - pick(cotangent, winner))
     a = sums.probabilities
     return a * (relative - jnp.sum(a * relative, axis=-1, keepdims=True))
 

@@ -303,3 +303,49 @@ def test_errors_say_what_to_do(cost):
         cost(logits, labels, sample_weight=jnp.ones(2, jnp.complex64))
     with pytest.raises(TypeError, match="logits must be real floating-point numbers, got int32"):
         cost(jnp.ones((2, 3), jnp.int32), labels)
+
+
+PRODUCERS = {
+    "scaled": lambda h: h * h.dtype.type(0.3),
+    "divided": lambda h: h / h.dtype.type(3),
+    "capped": lambda h: 50 * jnp.tanh(h / h.dtype.type(50) * h.dtype.type(0.37)),
+    "rooted": lambda h: jnp.sqrt(jnp.abs(h)) * h.dtype.type(4),
+}
+
+
+@pytest.mark.parametrize("producer", PRODUCERS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=str)
+@pytest.mark.parametrize("classes", [4, 300])
+def test_exact_on_logits_computed_in_the_same_program(producer, dtype, classes):
+    # The compiler may compute such logits twice and round them differently: nothing may rest on their
+    # being the same to the last bit.
+    make = PRODUCERS[producer]
+    generator = np.random.default_rng(0)
+    label = classes // 2
+    h = np.abs(generator.normal(size=(33, classes))) * 5
+    h[:, label] += 90 if dtype == jnp.float32 else 140
+    labels = jnp.full(33, label)
+    with jax.enable_x64(dtype == jnp.float64):
+        one_hot = jax.nn.one_hot(labels, classes, dtype=dtype)
+        h = jnp.asarray(h, dtype)
+        cost, slopes = oracle.many_classes(np.asarray(jax.jit(make)(h)), label)
+
+        @jax.jit
+        def by_every_way(h):
+            z = make(h)
+            _, pull_back = jax.vjp(lambda z: js.log_likelihood_cost(z, labels, reduction="sum"), z)
+            _, pull_back_rows = jax.vjp(lambda z: js.log_likelihood_cost(z, one_hot, reduction="sum"), z)
+            one = jnp.ones((), dtype)
+            return (
+                js.log_likelihood_cost(make(h), labels, reduction="none"),
+                js.log_likelihood_cost(make(h), one_hot, reduction="none"),
+                -js.log_softmax(make(h))[:, label],
+                -pull_back(one)[0][:, label],
+                -pull_back_rows(one)[0][:, label],
+            )
+
+        *costs, slope, slope_by_rows = by_every_way(h)
+    for actual in costs:
+        assert_relative(actual, cost, eps_multiple=8)
+    for actual in (slope, slope_by_rows):
+        assert_relative(actual, -slopes[:, label], eps_multiple=8)
