@@ -89,7 +89,7 @@ def train(
     optimizer = optax.adam(options.learning_rate, eps=1e-30)
     step = js.make_step(cost, optimizer)
     state = js.init_state(network, optimizer)
-    records = []
+    records, value = [], jnp.zeros(())
     for _ in trange(RECORDS, desc="training", leave=False):
         for _ in range(options.steps // RECORDS):
             state, value = step(state, training)

@@ -6,6 +6,9 @@ from ._cost import weight_penalty as weight_penalty
 from ._gradients import GradientComparison as GradientComparison
 from ._gradients import compare_gradients as compare_gradients
 from ._gradients import without_custom_rules as without_custom_rules
+from ._head import HeadStatistics as HeadStatistics
+from ._head import head_statistics as head_statistics
+from ._head import linear_log_likelihood_cost as linear_log_likelihood_cost
 from ._network import Dense as Dense
 from ._network import Network as Network
 from ._network import backpropagate as backpropagate

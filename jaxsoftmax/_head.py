@@ -1,0 +1,414 @@
+"""The head: FC + softmax + cost in one, without ever holding all the logits."""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from ._checks import (
+    MOST_CLASSES,
+    FloatArray,
+    LabelArray,
+    Number,
+    WeightArray,
+    arithmetic_dtype,
+    as_count,
+    as_floats,
+    as_labels,
+    as_number,
+    as_weights,
+)
+from ._cost import Options, Reduction, as_options, example_costs, reduced, total_weight
+from ._softmax import row_sums
+
+CHUNK = 2**20  # The most numbers of the weights' gradient that one product adds to.
+
+
+def linear_log_likelihood_cost(
+    features: FloatArray,
+    weights: FloatArray,
+    bias: FloatArray | None,
+    labels: LabelArray,
+    *,
+    sample_weight: WeightArray | None = None,
+    class_weight: WeightArray | None = None,
+    label_smoothing: Number = 0.0,
+    z_loss: Number = 0.0,
+    reduction: Reduction = "mean",
+    normalizer: Number | None = None,
+    softcap: Number | None = None,
+    num_classes: int | None = None,
+    block_size: int | None = None,
+) -> Float[Array, "..."]:
+    """Log-likelihood cost of the layer `features @ weights + bias`, whose logits are never held at once.
+
+    Equal to `log_likelihood_cost(features @ weights + bias, labels)`, and as exact. With x the features,
+    w the weights, a the probabilities and y the targets, the gradient is the sum over blocks of rows of
+    ∂C/∂w = xᵀ (a − y), ∂C/∂b = Σ_n (a − y), ∂C/∂x = (a − y) wᵀ, each block's logits used and dropped.
+
+    For "mean" and "sum" a differentiated call forms the gradient in its forward pass: three matrix
+    products in all. For "none" the backward pass computes the logits again, four in all, and each
+    example's cotangent enters before the products. A call that is not differentiated takes one.
+
+    Args:
+        features: Real floating-point numbers (*batch, features).
+        weights: Real floating-point numbers (features, classes).
+        bias: Real floating-point numbers (classes,), or None.
+        labels: Integers (*batch), or probabilities (*batch, classes).
+        sample_weight: As for `log_likelihood_cost`; where it is 0 the features too may be NaN or inf.
+        class_weight: As for `log_likelihood_cost`.
+        label_smoothing: As for `log_likelihood_cost`.
+        z_loss: As for `log_likelihood_cost`.
+        reduction: As for `log_likelihood_cost`.
+        normalizer: As for `log_likelihood_cost`.
+        softcap: c above 0, in nats: the logits become c tanh(logits / c). None leaves them.
+        num_classes: The classes that exist, if fewer than `weights` has columns. The others are
+            padding, to be filled with any finite numbers: probability 0 and gradient 0. An integer
+            label must be below it; a probability there costs +inf.
+        block_size: How many rows of logits are held at once. None takes an eighth of the rows, but no
+            more than make 2²⁴ logits and no fewer than 128; up to 2²⁰ logits are one block. The
+            gradient's memory beyond its results is about two such blocks.
+
+    Returns:
+        Cost in nats, float32 (float64 for float64 features): a scalar, or (*batch) for "none". It is
+        differentiable in every floating-point argument, each gradient in its argument's dtype.
+        bfloat16 and float16 features and weights enter the products as they are and accumulate in
+        float32; ∂C/∂w is rounded once, after its last block. At ±inf, NaN and weight 0 the logits mean
+        what they do for `log_likelihood_cost`.
+
+    Raises:
+        TypeError: If an argument has the wrong kind of dtype.
+        ValueError: If shapes do not fit, an option is out of its range, or an integer label known
+            outside jit is not in [0, classes). Under jit such a label gives NaN, in the example's cost
+            and gradient.
+
+    Note:
+        Under `jax.vmap` "mean" and "sum" keep a gradient of the weights for each example. Pass further
+        batch axes as leading axes of `features` instead: they share one.
+
+    Example:
+        >>> x, w = jnp.ones((4, 2)), jnp.zeros((2, 50_000))
+        >>> print(linear_log_likelihood_cost(x, w, None, jnp.arange(4)), jnp.log(50_000.0))
+        10.819778 10.819778
+
+    References:
+        Wijmans et al. (2024), "Cut your losses in large-vocabulary language models", arXiv:2411.09009.
+    """
+    x, layer, plan = _as_layer(features, weights, bias, softcap, num_classes, block_size)
+    batch, classes = x.shape[:-1], layer.weights.shape[-1]
+    dtype = arithmetic_dtype(x.dtype)
+    v = None if sample_weight is None else as_weights(sample_weight, batch, dtype)
+    labels = as_labels(labels, (*batch, classes), len(batch), sample_weight, plan.num_classes)
+    layer = layer._replace(options=as_options(class_weight, label_smoothing, z_loss, classes, dtype))
+    rows = _flat(_Rows(x, labels, v), len(batch))
+    if reduction == "none":
+        return jnp.reshape(_each(plan, layer, rows), batch)
+    weight = total_weight(rows.labels, rows.sample_weight, layer.options.class_weight)
+    return reduced(_total(plan, layer, rows), weight, reduction, normalizer)
+
+
+class HeadStatistics(NamedTuple):
+    """What `head_statistics` tells about each example; see there."""
+
+    log_normalizer: Float[Array, "*batch"]
+    prediction: Integer[Array, "*batch"]
+    entropy: Float[Array, "*batch"]
+    label_log_likelihood: Float[Array, "*batch"] | None
+
+
+def head_statistics(
+    features: FloatArray,
+    weights: FloatArray,
+    bias: FloatArray | None,
+    labels: LabelArray | None = None,
+    *,
+    softcap: Number | None = None,
+    num_classes: int | None = None,
+    block_size: int | None = None,
+) -> HeadStatistics:
+    """Statistics of the softmax of `features @ weights + bias`, whose logits are never held at once.
+
+    Args:
+        features: As for `linear_log_likelihood_cost`.
+        weights: As for `linear_log_likelihood_cost`.
+        bias: As for `linear_log_likelihood_cost`.
+        labels: As for `linear_log_likelihood_cost`; None if the label's likelihood is not wanted.
+        softcap: As for `linear_log_likelihood_cost`.
+        num_classes: As for `linear_log_likelihood_cost`.
+        block_size: As for `linear_log_likelihood_cost`.
+
+    Returns:
+        For each example (*batch), in nats and float32 (float64 for float64 features):
+        `log_normalizer` ln Σ_k exp z_k, `prediction` the first class with the largest logit (int32),
+        `entropy` −Σ_k a_k ln a_k, and `label_log_likelihood` Σ_k y_k ln a_k, None without labels.
+        NaN or +inf among an example's logits makes it NaN, and its prediction any class; so does, for
+        the label's log-likelihood, a label under jit that names no class.
+
+    Raises:
+        TypeError: As for `linear_log_likelihood_cost`.
+        ValueError: As for `linear_log_likelihood_cost`.
+
+    Example:
+        >>> statistics = head_statistics(jnp.ones((1, 2)), jnp.eye(2, 3), None, jnp.array([2]))
+        >>> print(statistics.prediction, jnp.exp(statistics.label_log_likelihood))
+        [0] [0.155]
+    """
+    x, layer, plan = _as_layer(features, weights, bias, softcap, num_classes, block_size)
+    batch, classes = x.shape[:-1], layer.weights.shape[-1]
+    if labels is not None:
+        labels = as_labels(labels, (*batch, classes), len(batch), None, plan.num_classes)
+    statistics = _statistics(plan, layer, _flat(_Rows(x, labels, None), len(batch)))
+    return jax.tree.map(lambda array: array.reshape(batch), statistics)
+
+
+class _Rows(NamedTuple):
+    """What belongs to one row each."""
+
+    features: Array
+    labels: Array | None
+    sample_weight: Array | None
+
+
+class _Layer(NamedTuple):
+    """What every row shares: the layer, and the options of its cost."""
+
+    weights: Array
+    bias: Array | None
+    softcap: Array | float | None
+    options: Options
+
+
+class _Plan(NamedTuple):
+    """What is known when it is compiled."""
+
+    num_classes: int
+    block_size: int
+
+
+def _as_layer(features, weights, bias, softcap, num_classes, block_size):
+    """The arguments that make the logits, checked: features and weights in one dtype."""
+    x, w = as_floats("features", features), as_floats("weights", weights)
+    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0] or w.shape[-1] == 0:
+        raise ValueError(
+            "features (*batch, features) and weights (features, classes) must fit, with one class or "
+            f"more, got {x.shape} and {w.shape}"
+        )
+    classes = w.shape[-1]
+    if classes > MOST_CLASSES:
+        raise ValueError(f"weights may have {MOST_CLASSES} classes at most, got {classes}")
+    b = None if bias is None else as_floats("bias", bias)
+    if b is not None and b.shape != (classes,):
+        raise ValueError(f"bias must have shape ({classes},), one for each class, got {b.shape}")
+    dtype = jnp.promote_types(x.dtype, w.dtype)
+    if softcap is not None:
+        softcap = as_number("softcap", softcap, arithmetic_dtype(dtype))
+        if isinstance(softcap, float) and softcap == 0:
+            raise ValueError("softcap must be above 0, got 0: None leaves the logits as they are")
+    num_classes = classes if num_classes is None else as_count("num_classes", num_classes)
+    if num_classes > classes:
+        raise ValueError(
+            f"num_classes must be at most the {classes} columns of weights, got {num_classes}"
+        )
+    if block_size is None:
+        block_size = _block_size(math.prod(x.shape[:-1]), classes)
+    plan = _Plan(num_classes, as_count("block_size", block_size))
+    layer = _Layer(w.astype(dtype), b, softcap, Options(None, None, None))
+    return x.astype(dtype), layer, plan
+
+
+def _block_size(rows, classes):
+    """Rows in a block: enough to keep the products busy, few enough to keep the logits small."""
+    if rows * classes <= 2**20:
+        return max(1, rows)
+    return max(128, min(-(-rows // 8), 2**24 // classes))
+
+
+def _flat(rows, axes):
+    """Rows in one axis instead of the leading `axes`."""
+    return jax.tree.map(lambda a: a.reshape(math.prod(a.shape[:axes]), *a.shape[axes:]), rows)
+
+
+def _over_blocks(plan, step, carry, rows):
+    """`step` over every block of rows in turn, the last one shorter if need be."""
+    whole, rest = divmod(jax.tree.leaves(rows)[0].shape[0], plan.block_size)
+    done = whole * plan.block_size
+    parts = []
+    # No loop for one block: XLA on the CPU cannot run narrow products from a loop it has unrolled.
+    if whole > 1:
+        blocks = jax.tree.map(lambda a: a[:done].reshape(whole, plan.block_size, *a.shape[1:]), rows)
+        carry, results = jax.lax.scan(step, carry, blocks)
+        parts = [jax.tree.map(lambda a: a.reshape(done, *a.shape[2:]), results)]
+    elif whole == 1:
+        carry, results = step(carry, jax.tree.map(lambda a: a[:done], rows))
+        parts = [results]
+    if rest or not parts:
+        carry, results = step(carry, jax.tree.map(lambda a: a[done:], rows))
+        parts += [results]
+    return carry, parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+
+
+def _product(a, b):
+    """Product of operands as narrow as they are, accumulated in float32 or wider."""
+    return jnp.matmul(a, b, preferred_element_type=arithmetic_dtype(a.dtype))
+
+
+def _plus_product(total, a, b):
+    """The total plus a b, some columns at a time: a b at once would be a second array of its size."""
+    width = min(total.shape[1], max(1, CHUNK // total.shape[0]))
+
+    def add(total, start, width):
+        part = _product(a, jax.lax.dynamic_slice_in_dim(b, start, width, axis=1))
+        part += jax.lax.dynamic_slice_in_dim(total, start, width, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis=1)
+
+    whole, rest = divmod(total.shape[1], width)
+    if whole > 1:
+        total = jax.lax.fori_loop(0, whole, lambda i, total: add(total, i * width, width), total)
+    else:
+        total = add(total, 0, width)
+    return add(total, whole * width, rest) if rest else total
+
+
+def _column_sums(d_z):
+    """Σ_n over the rows. XLA on the CPU takes five times as long for the sum as for this product."""
+    return jnp.matmul(jnp.ones(d_z.shape[0], d_z.dtype), d_z, precision=jax.lax.Precision.HIGHEST)
+
+
+def _scaled(factor, tree):
+    """The tree times a number, each leaf in its own dtype."""
+    return jax.tree.map(lambda leaf: (factor * leaf.astype(factor.dtype)).astype(leaf.dtype), tree)
+
+
+def _cast(tree, like):
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
+
+
+def _linear(layer, features):
+    """What the layer makes of its features: x w + b."""
+    z = _product(features, layer.weights)
+    return z if layer.bias is None else z + layer.bias.astype(z.dtype)
+
+
+def _capped(plan, z, layer):
+    """The logits, and which of their classes exist, from what the linear layer gave."""
+    if layer.softcap is not None:
+        z = layer.softcap * jnp.tanh(z / layer.softcap)
+    if plan.num_classes == z.shape[-1]:
+        return z, None
+    exists = jnp.arange(z.shape[-1]) < plan.num_classes
+    return jnp.where(exists, z, -jnp.inf), exists
+
+
+def _costs(plan, z, layer, rows):
+    """The cost of each row, from what the linear layer gave."""
+    z, exists = _capped(plan, z, layer)
+    return example_costs(z, rows.labels, rows.sample_weight, layer.options, exists)
+
+
+def _sound(rows):
+    """The features, with numbers in place of what weight 0 ignores, so that no product meets it."""
+    x, v = rows.features, rows.sample_weight
+    if v is None:
+        return x
+    return jnp.where(((v == 0) & ~jnp.all(jnp.isfinite(x), axis=-1))[:, None], 0, x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _statistics(plan, layer, rows):
+    """The statistics of each row."""
+
+    def step(_, rows):
+        z, _ = _capped(plan, _linear(layer, rows.features), layer)
+        sums = row_sums(z)
+        entropy = jnp.sum(sums.probabilities * jnp.where(z == -jnp.inf, 0, sums.surprises(z)), axis=-1)
+        log_normalizer = (sums.maximum + jnp.log1p(sums.rest))[:, 0]
+        label = None if rows.labels is None else -example_costs(z, rows.labels, None, layer.options, None)
+        prediction = jnp.argmax(z, axis=-1).astype(jnp.int32)
+        return None, HeadStatistics(log_normalizer, prediction, entropy, label)
+
+    return _over_blocks(plan, step, None, rows)[1]
+
+
+# The cost of all rows together, its gradient formed together with it.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(plan, layer, rows):
+    return jnp.sum(_forward(plan, layer, rows))
+
+
+def _total_fwd(plan, layer, rows):
+    ones = jnp.ones(rows.features.shape[0], arithmetic_dtype(rows.features.dtype))
+    costs, gradients = _with_gradients(plan, layer, rows, ones)
+    # The layer is kept for its dtypes alone.
+    return jnp.sum(costs), (gradients, layer)
+
+
+def _total_bwd(_, residuals, cotangent):
+    (d_layer, d_rows), layer = residuals
+    return _cast(_scaled(cotangent, d_layer), layer), _scaled(cotangent, d_rows)
+
+
+_total.defvjp(_total_fwd, _total_bwd)
+
+
+# The cost of each row. Its logits are computed again for the gradient.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _each(plan, layer, rows):
+    return _each_fwd(plan, layer, rows)[0]
+
+
+@partial(jax.jit, static_argnums=0)  # Outside jit a loop would be compiled again for every call.
+def _forward(plan, layer, rows):
+    """The cost of each row."""
+
+    def step(_, rows):
+        # By its forward rule, which forward mode can differentiate where it cannot the cost with a rule.
+        costs, _ = jax.vjp(lambda z: _costs(plan, z, layer, rows), _linear(layer, _sound(rows)))
+        return None, costs
+
+    return _over_blocks(plan, step, None, rows)[1]
+
+
+def _each_fwd(plan, layer, rows):
+    return _forward(plan, layer, rows), (layer, rows)
+
+
+def _each_bwd(plan, residuals, cotangent):
+    layer, rows = residuals
+    _, (d_layer, d_rows) = _with_gradients(plan, layer, rows, cotangent)
+    return _cast(d_layer, layer), d_rows
+
+
+_each.defvjp(_each_fwd, _each_bwd)
+
+
+@partial(jax.jit, static_argnums=0)
+def _with_gradients(plan, layer, rows, cotangent):
+    """The cost C_n of each row, and the gradient of Σ_n cotangent_n C_n by layer (wide) and rows.
+
+    With D = ∂/∂z of that sum, the logits' gradient, and z = x w + b:
+    ∂/∂w = xᵀ D,  ∂/∂b = Σ_n D,  ∂/∂x = D wᵀ.
+    """
+
+    def step(d_layer, block):
+        rows, cotangent = block
+        x = _sound(rows)
+        # Weights, bias and features end in z; what else a cost depends on keeps its place.
+        others = layer._replace(weights=None, bias=None), rows._replace(features=None)
+        costs, pull_back = jax.vjp(partial(_costs, plan), _linear(layer, x), *others)
+        d_z, d_others, d_rows = pull_back(cotangent)
+        narrow = d_z.astype(x.dtype)
+        d_x = _product(narrow, layer.weights.T).astype(x.dtype)
+        d_w = _plus_product(d_layer.weights, x.T, narrow)
+        d_b = None if d_layer.bias is None else d_layer.bias + _column_sums(d_z)
+        d_others = jax.tree.map(jnp.add, d_layer._replace(weights=None, bias=None), d_others)
+        d_labels = d_rows.labels if jnp.issubdtype(rows.labels.dtype, jnp.floating) else None
+        d_rows = d_rows._replace(features=d_x, labels=d_labels)
+        return d_others._replace(weights=d_w, bias=d_b), (costs, d_rows)
+
+    wide = arithmetic_dtype(rows.features.dtype)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), wide), layer)
+    d_layer, (costs, d_rows) = _over_blocks(plan, step, nothing, (rows, cotangent))
+    return costs, (d_layer, d_rows)

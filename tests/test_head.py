@@ -1,0 +1,364 @@
+"""The head is the dense cost of features @ weights + bias, in less memory and no more products."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import assert_close, assert_relative, random_labels, random_targets, unchecked
+
+import jaxsoftmax as js
+
+SHAPES = list(itertools.product([1, 7, 130], [1, 2, 10, 300, 1025], [3, 64]))
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def layer(rows, features, classes, dtype, scale=1.0, seed=0):
+    generator = np.random.default_rng(seed)
+    shapes = (rows, features), (features, classes), (classes,)
+    return tuple(jnp.asarray(generator.normal(size=shape) * scale, dtype) for shape in shapes)
+
+
+def every_option(rows, classes, dtype, seed=5):
+    generator = np.random.default_rng(seed)
+    return {
+        "sample_weight": jnp.asarray(generator.random(rows), dtype).at[0].set(0),
+        "class_weight": jnp.asarray(generator.random(classes), dtype),
+        "label_smoothing": jnp.asarray(0.1, dtype),
+        "z_loss": jnp.asarray(0.01, dtype),
+        "softcap": jnp.asarray(5.0, dtype),
+    }
+
+
+def dense(x, w, b, labels, softcap=None, num_classes=None, **options):
+    """The same cost from all the logits at once."""
+    z = jnp.matmul(x, w, preferred_element_type=jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    z = z if b is None else z + b.astype(z.dtype)
+    z = z if softcap is None else softcap * jnp.tanh(z / softcap)
+    where = None if num_classes is None else jnp.arange(z.shape[-1]) < num_classes
+    return js.log_likelihood_cost(z, labels, where=where, **options)
+
+
+def value_and_gradients(cost, arguments, options, cotangent, **fixed):
+    """The cost, and its gradients by every floating-point argument and option."""
+    x, w, b, labels = arguments
+    soft = jnp.issubdtype(labels.dtype, jnp.floating)
+
+    def function(parts, options):
+        return cost(*parts, **({} if soft else {"labels": labels}), **options, **fixed)
+
+    parts = (x, w, b, labels) if soft else (x, w, b)
+    value, pull_back = jax.vjp(jax.jit(function), parts, options)
+    return value, pull_back(cotangent(value))
+
+
+def assert_norms_close(actual, expected, tolerance):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        # A gradient that cancels to nothing, as with one class, is compared with 1e−3 instead.
+        assert np.linalg.norm(a - e) <= tolerance * max(np.linalg.norm(e), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(jnp.float64, 1e-11), (jnp.float32, 2e-5), (jnp.bfloat16, 3e-2)],
+    ids=["float64", "float32", "bfloat16"],
+)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_equals_the_dense_cost_with_every_option(reduction, dtype, tolerance):
+    first = REDUCTIONS.index(reduction)
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    with jax.enable_x64(dtype == jnp.float64):
+        # Every shape meets every reduction in one dtype or another.
+        step = 5 if dtype == jnp.float64 else 11
+        for number, (rows, classes, features) in enumerate(SHAPES[first::step]):
+            x, w, b = layer(rows, features, classes, dtype, scale=0.5)
+            shape = (rows, classes)
+            labels = random_targets(shape, wide) if number % 2 else random_labels(shape)
+            options = every_option(rows, classes, wide) if number % 3 else {}
+
+            def cotangent(value):
+                return jnp.asarray(np.random.default_rng(9).normal(size=value.shape), value.dtype)
+
+            expected = value_and_gradients(
+                dense, (x, w, b, labels), options, cotangent, reduction=reduction
+            )
+            actual = value_and_gradients(
+                js.linear_log_likelihood_cost, (x, w, b, labels), options, cotangent,
+                reduction=reduction, block_size=50,
+            )  # fmt: skip
+            assert_norms_close(actual, expected, tolerance)
+
+
+@pytest.mark.parametrize("block_size", [None, 1, 6, 7, 8, 1000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_any_block_size_and_leading_axes(block_size, reduction):
+    x, w, b = layer(14, 5, 11, jnp.float32)
+    labels = random_labels((14, 11))
+    expected = jax.grad(lambda x, w, b: dense(x, w, b, labels, reduction=reduction).sum(), (0, 1, 2))(
+        x, w, b
+    )
+
+    def cost(x, w, b):
+        folded = x.reshape(2, 7, 5), w, b, labels.reshape(2, 7)
+        costs = js.linear_log_likelihood_cost(*folded, reduction=reduction, block_size=block_size)
+        assert costs.shape == (() if reduction == "mean" else (2, 7))
+        return costs.sum()
+
+    assert_close(jax.jit(jax.grad(cost, (0, 1, 2)))(x, w, b), expected, ulps=8)
+
+
+def test_a_product_wider_than_its_chunks(monkeypatch):
+    import jaxsoftmax._head as head
+
+    monkeypatch.setattr(head, "CHUNK", 5 * 3)
+    x, w, b = layer(9, 5, 11, jnp.float32)
+    labels = random_labels((9, 11))
+    jax.clear_caches()
+    actual = jax.grad(lambda w: js.linear_log_likelihood_cost(x, w, b, labels, block_size=4))(w)
+    jax.clear_caches()
+    assert_close(actual, jax.grad(lambda w: dense(x, w, b, labels))(w), ulps=8)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("scale", [0.0, 1e-3])
+def test_padding_classes_do_not_exist(reduction, scale):
+    x, w, b = layer(6, 4, 10, jnp.float32, scale=scale)
+    labels = random_labels((6, 7))
+    padded = w.at[:, 7:].set(50.0), b.at[7:].set(9.0)
+
+    def cost(w, b, num_classes, smoothing):
+        return js.linear_log_likelihood_cost(
+            x, w, b, labels, num_classes=num_classes, label_smoothing=smoothing, reduction=reduction
+        ).sum()
+
+    for smoothing in (0.0, 0.1):
+        value, (d_w, d_b) = jax.value_and_grad(cost, (0, 1))(*padded, 7, smoothing)
+        expected, (e_w, e_b) = jax.value_and_grad(cost, (0, 1))(w[:, :7], b[:7], None, smoothing)
+        assert_close((value, d_w[:, :7], d_b[:7]), (expected, e_w, e_b), ulps=8)
+        assert_close((d_w[:, 7:], d_b[7:]), (np.zeros((4, 3)), np.zeros(3)), ulps=0)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 7\) for 7 classes, got 8 to 8"):
+        js.linear_log_likelihood_cost(x, w, b, jnp.full(6, 8), num_classes=7)
+    bad = jax.jit(lambda y: js.linear_log_likelihood_cost(x, w, b, y, num_classes=7, reduction="none"))
+    assert list(np.isnan(bad(jnp.array([0, 7, 9, 10, -1, 6])))) == [False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_exact_however_confident(reduction, soft):
+    lead = np.array([0.0, 10, 20, 30, 40, -40])
+    z = np.zeros((6, 10))
+    z[:, 2] = lead
+    # An identity for features makes the logits exactly these.
+    x, w = jnp.eye(6), jnp.asarray(z, jnp.float32)
+    labels = jax.nn.one_hot(jnp.full(6, 2), 10) if soft else jnp.full(6, 2)
+    cost, slopes = oracle.many_classes(z, 2)
+
+    def function(x, w, b):
+        return js.linear_log_likelihood_cost(x, w, b, labels, reduction=reduction, block_size=4)
+
+    value, pull_back = jax.vjp(function, x, w, jnp.zeros(10))
+    _, d_w, d_b = pull_back(jnp.ones_like(value))
+    assert_relative(value, cost if reduction == "none" else cost.sum(), eps_multiple=8)
+    assert_relative(d_w, slopes, eps_multiple=8)
+    for row in range(6):
+        alone = jax.grad(lambda b, row=row: js.linear_log_likelihood_cost(x[row], w, b, labels[row]))
+        assert_relative(alone(jnp.zeros(10)), slopes[row], eps_multiple=32)
+    assert_close(d_b, slopes.astype(np.float64).sum(0), ulps=4)
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr, those of the jaxprs within it included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_never_holds_the_logits(reduction):
+    rows, features, classes, block = 1024, 32, 4096, 64
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in [(rows, features), (features, classes), (classes,)]
+    ]
+    labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+    def cost(x, w, b, labels):
+        head = js.linear_log_likelihood_cost
+        return head(x, w, b, labels, reduction=reduction, block_size=block, label_smoothing=0.1).sum()
+
+    for function in (cost, jax.value_and_grad(cost, (0, 1, 2))):
+        jaxpr = jax.make_jaxpr(function)(*arguments, labels)
+        sizes = [out.aval.size for equation in equations(jaxpr.jaxpr) for out in equation.outvars]
+        assert max(sizes) < rows * classes / 4
+        compiled = jax.jit(function).lower(*arguments, labels).compile()
+        limit = 4 * block * classes * 4 + 2 * features * (rows + classes) * 4
+        assert compiled.memory_analysis().temp_size_in_bytes < limit < rows * classes * 4 / 3
+
+
+def products(function, *arguments):
+    """Floating-point operations of the compiled function, in products of features and weights."""
+    analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    (rows, features), (_, classes) = arguments[0].shape, arguments[1].shape
+    return analysis["flops"] / (2 * rows * features * classes)
+
+
+def test_no_product_that_nobody_asked_for():
+    x, w, b = layer(64, 256, 512, jnp.float32)
+    labels = random_labels((64, 512))
+
+    def cost(reduction):
+        return lambda x, w: js.linear_log_likelihood_cost(x, w, b, labels, reduction=reduction).sum()
+
+    for reduction, by_both, by_one in (("mean", 3, 2), ("none", 3, 2)):
+        function = cost(reduction)
+        assert products(function, x, w) == pytest.approx(1, abs=0.1)
+        assert products(jax.value_and_grad(function), x, w) == pytest.approx(by_one, abs=0.1)
+        assert products(jax.value_and_grad(function, 1), x, w) == pytest.approx(by_one, abs=0.1)
+        # "none" would take four, but in one block the compiler sees that it has the logits already.
+        assert products(jax.value_and_grad(function, (0, 1)), x, w) == pytest.approx(by_both, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
+def test_narrow_operands_and_wide_sums(dtype):
+    x, w, b = layer(64, 8, 30, dtype, scale=0.5)
+    labels = random_labels((64, 30))
+
+    def cost(x, w, b):
+        return js.linear_log_likelihood_cost(x, w, b, labels, reduction="sum", block_size=4)
+
+    jaxpr = jax.make_jaxpr(jax.grad(cost, (0, 1)))(x, w, b)
+    dots = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    found = [e for e in dots if all(v.aval.ndim == 2 for v in e.invars)]
+    assert len(found) >= 3
+    for equation in found:
+        assert {v.aval.dtype for v in equation.invars} == {jnp.dtype(dtype)}
+        assert equation.outvars[0].aval.dtype == jnp.float32
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(part, jnp.float64) for part in (x, w, b)]
+        expected = jax.grad(lambda *a: dense(*a, labels, reduction="sum"), (0, 1, 2))(*exact)
+    actual = jax.grad(cost, (0, 1, 2))(x, w, b)
+    assert [part.dtype for part in actual] == [dtype] * 3
+    # The logits' gradient is rounded before its products; sixteen blocks add no error of their own.
+    assert_norms_close([a.astype(jnp.float32) for a in actual], [np.float32(e) for e in expected], 4e-3)
+
+
+def test_an_example_of_weight_zero_breaks_nothing():
+    x, w, b = layer(5, 3, 7, jnp.float32)
+    labels = random_labels((5, 7))
+    weight = jnp.array([1.0, 0, 2, 0, 0])
+    for junk in (jnp.nan, jnp.inf, -jnp.inf):
+        dirty = x.at[1].set(junk).at[3, 0].set(junk)
+        for reduction in REDUCTIONS:
+
+            def cost(x, w, b, labels, reduction=reduction):
+                return js.linear_log_likelihood_cost(
+                    x, w, b, labels, sample_weight=weight, reduction=reduction, block_size=2
+                ).sum()
+
+            expected = jax.value_and_grad(cost, (0, 1, 2))(x, w, b, labels)
+            assert_close(jax.value_and_grad(cost, (0, 1, 2))(dirty, w, b, labels), expected, ulps=0)
+            bad = labels.at[1].set(-100).at[4].set(7)
+            assert_close(jax.value_and_grad(cost, (0, 1, 2))(dirty, w, b, bad), expected, ulps=0)
+
+
+def test_transformations():
+    x, w, b = layer(12, 4, 9, jnp.float32)
+    labels = random_labels((12, 9))
+
+    def head(w, x, labels, reduction="mean"):
+        return js.linear_log_likelihood_cost(x, w, b, labels, reduction=reduction, block_size=5).sum()
+
+    def plain(w, x, labels, reduction="mean"):
+        return dense(x, w, b, labels, reduction=reduction).sum()
+
+    stacked = x.reshape(3, 4, 4), labels.reshape(3, 4)
+    direction = layer(4, 9, 1, jnp.float32, seed=8)[0]
+
+    def gradients(cost, reduction):
+        def of(w, x, labels):
+            return cost(w, x, labels, reduction)
+
+        def scanned(w):
+            return jax.lax.scan(lambda total, batch: (total + of(w, *batch), None), 0.0, stacked)[0]
+
+        return (
+            jax.grad(jax.checkpoint(of))(w, x, labels),
+            jax.grad(lambda w: jax.vmap(of, (None, 0, 0))(w, *stacked).sum())(w),
+            jax.vmap(jax.grad(of), (None, 0, 0))(w, *stacked),
+            jax.grad(scanned)(w),
+            jax.jvp(jax.grad(lambda w: of(w, x, labels)), (w,), (direction,))[1],
+            jax.grad(lambda w: jnp.vdot(jax.grad(of)(w, x, labels), direction))(w),
+        )
+
+    for reduction in ("mean", "none"):
+        assert_close(gradients(head, reduction), gradients(plain, reduction), ulps=32)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_statistics(soft):
+    x, w, b = layer(13, 4, 9, jnp.float32, scale=2)
+    labels = random_targets((13, 9), jnp.float32) if soft else random_labels((13, 9))
+    z = np.asarray(x, np.float64) @ np.asarray(w, np.float64) + np.asarray(b, np.float64)
+    z = 3 * np.tanh(z / 3)[:, :8]
+    log_normalizer = np.log(np.exp(z).sum(1))
+    log_a = z - log_normalizer[:, None]
+    y = np.asarray(labels, np.float64)[:, :8] if soft else np.eye(8)[np.asarray(labels) % 8]
+    labels = labels.at[:, 8].set(0) if soft else labels % 8
+    statistics = js.head_statistics(x, w, b, labels, softcap=3.0, num_classes=8, block_size=5)
+    assert_close(statistics.log_normalizer, log_normalizer, ulps=8)
+    assert list(statistics.prediction) == list(z.argmax(1))
+    assert_close(statistics.entropy, -(np.exp(log_a) * log_a).sum(1), ulps=16)
+    assert_close(statistics.label_log_likelihood, (y * log_a).sum(1), ulps=16)
+    without = js.head_statistics(x.reshape(13, 1, 4), w, None)
+    assert without.label_log_likelihood is None
+    assert without.entropy.shape == (13, 1)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_exports(platform):
+    x, w, b = layer(64, 8, 50, jnp.float32)
+    labels = random_labels((64, 50))
+
+    def head(x, w, b):
+        return js.linear_log_likelihood_cost(x, w, b, labels, block_size=10)
+
+    def logits(z, *_):
+        return js.log_likelihood_cost(z, labels)
+
+    for function, arguments in ((head, (x, w, b)), (logits, (x @ w,))):
+        exported = jax.export.export(jax.jit(jax.value_and_grad(function)), platforms=[platform])
+        assert exported(*arguments).platforms == (platform,)
+
+
+def test_errors_say_what_to_do():
+    cost = unchecked(js.linear_log_likelihood_cost)
+    x, w, b = layer(4, 3, 5, jnp.float32)
+    labels = jnp.array([0, 1, 2, 3])
+    with pytest.raises(ValueError, match=r"must fit, .* got \(4, 3\) and \(5, 3\)"):
+        cost(x, w.T, b, labels)
+    with pytest.raises(ValueError, match=r"bias must have shape \(5,\), one for each class, got \(3,\)"):
+        cost(x, w, b[:3], labels)
+    with pytest.raises(TypeError, match="features must be real floating-point numbers, got int32"):
+        cost(jnp.ones((4, 3), int), w, b, labels)
+    with pytest.raises(ValueError, match=r"integer labels must have shape \(4,\), .* got \(2,\)"):
+        cost(x, w, b, labels[:2])
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 5\) for 5 classes, got 0 to 5"):
+        cost(x, w, b, jnp.array([0, 1, 2, 5]))
+    with pytest.raises(ValueError, match="num_classes must be at most the 5 columns of weights, got 6"):
+        cost(x, w, b, labels, num_classes=6)
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        cost(x, w, b, labels, block_size=0)
+    with pytest.raises(ValueError, match="softcap must be above 0, got 0"):
+        cost(x, w, b, labels, softcap=0)
+    with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', got 'average'"):
+        cost(x, w, b, labels, reduction="average")
+    assert cost(x[:0], w, b, labels[:0]) == 0
+    assert cost(x[0], w, None, 2).shape == ()
