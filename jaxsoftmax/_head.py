@@ -64,7 +64,8 @@ def linear_log_likelihood_cost(
         z_loss: As for `log_likelihood_cost`.
         reduction: As for `log_likelihood_cost`.
         normalizer: As for `log_likelihood_cost`.
-        softcap: c above 0, in nats: the logits become c tanh(logits / c). None leaves them.
+        softcap: c above 0, in nats: the logits become c tanh(logits / c), so that none is below −c,
+            a −inf in `bias` included. None leaves them.
         num_classes: The classes that exist, if fewer than `weights` has columns. The others are
             padding, to be filled with any finite numbers: probability 0 and gradient 0. An integer
             label must be below it; a probability there costs +inf.
@@ -75,9 +76,11 @@ def linear_log_likelihood_cost(
     Returns:
         Cost in nats, float32 (float64 for float64 features): a scalar, or (*batch) for "none". It is
         differentiable in every floating-point argument, each gradient in its argument's dtype.
-        bfloat16 and float16 features and weights enter the products as they are and accumulate in
-        float32; ∂C/∂w is rounded once, after its last block. At ±inf, NaN and weight 0 the logits mean
-        what they do for `log_likelihood_cost`.
+        bfloat16 and float16 features and weights enter the products as they are, as does the logits'
+        gradient, and accumulate in float32; each gradient is rounded once, after its last block. With
+        float16 and a scaled loss use "none", where the scale enters before the logits' gradient is
+        narrowed. At ±inf, NaN and weight 0 the logits mean what they do for `log_likelihood_cost`,
+        except that an example of weight 0 with broken features counts as one whose features are 0.
 
     Raises:
         TypeError: If an argument has the wrong kind of dtype.
@@ -144,8 +147,8 @@ def head_statistics(
         For each example (*batch), in nats and float32 (float64 for float64 features):
         `log_normalizer` ln Σ_k exp z_k, `prediction` the first class with the largest logit (int32),
         `entropy` −Σ_k a_k ln a_k, and `label_log_likelihood` Σ_k y_k ln a_k, None without labels.
-        NaN or +inf among an example's logits makes it NaN, and its prediction any class; so does, for
-        the label's log-likelihood, a label under jit that names no class.
+        NaN or +inf among an example's logits, or only −inf, makes it NaN, and its prediction any class;
+        so does, for the label's log-likelihood, a label under jit that names no class.
 
     Raises:
         TypeError: As for `linear_log_likelihood_cost`.
@@ -205,8 +208,10 @@ def _as_layer(features, weights, bias, softcap, num_classes, block_size):
     dtype = jnp.promote_types(x.dtype, w.dtype)
     if softcap is not None:
         softcap = as_number("softcap", softcap, arithmetic_dtype(dtype))
-        if isinstance(softcap, float) and softcap == 0:
-            raise ValueError("softcap must be above 0, got 0: None leaves the logits as they are")
+        if isinstance(softcap, float) and not 0 < softcap < math.inf:
+            raise ValueError(
+                f"softcap must be a number above 0, got {softcap}: None leaves the logits as they are"
+            )
     num_classes = classes if num_classes is None else as_count("num_classes", num_classes)
     if num_classes > classes:
         raise ValueError(
@@ -257,7 +262,7 @@ def _product(a, b):
 
 def _plus_product(total, a, b):
     """The total plus a b, some columns at a time: a b at once would be a second array of its size."""
-    width = min(total.shape[1], max(1, CHUNK // total.shape[0]))
+    width = min(total.shape[1], max(1, CHUNK // max(1, total.shape[0])))
 
     def add(total, start, width):
         part = _product(a, jax.lax.dynamic_slice_in_dim(b, start, width, axis=1))
@@ -273,17 +278,16 @@ def _plus_product(total, a, b):
 
 
 def _column_sums(d_z):
-    """Σ_n over the rows. XLA on the CPU takes five times as long for the sum as for this product."""
+    """Σ_n over the rows. XLA on the CPU takes several times as long for the sum as for this product."""
     return jnp.matmul(jnp.ones(d_z.shape[0], d_z.dtype), d_z, precision=jax.lax.Precision.HIGHEST)
 
 
-def _scaled(factor, tree):
-    """The tree times a number, each leaf in its own dtype."""
-    return jax.tree.map(lambda leaf: (factor * leaf.astype(factor.dtype)).astype(leaf.dtype), tree)
-
-
-def _cast(tree, like):
-    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
+def _cast(gradients, like):
+    """The gradients, each in the dtype of what it is by; None stays for integer labels."""
+    layer, rows = like
+    if gradients[1].labels is None:
+        rows = rows._replace(labels=None)
+    return jax.tree.map(lambda g, other: g.astype(other.dtype), gradients, (layer, rows))
 
 
 def _linear(layer, features):
@@ -341,13 +345,15 @@ def _total(plan, layer, rows):
 def _total_fwd(plan, layer, rows):
     ones = jnp.ones(rows.features.shape[0], arithmetic_dtype(rows.features.dtype))
     costs, gradients = _with_gradients(plan, layer, rows, ones)
-    # The layer is kept for its dtypes alone.
-    return jnp.sum(costs), (gradients, layer)
+    # Layer and rows are kept for their dtypes alone.
+    return jnp.sum(costs), (gradients, (layer, rows))
 
 
 def _total_bwd(_, residuals, cotangent):
-    (d_layer, d_rows), layer = residuals
-    return _cast(_scaled(cotangent, d_layer), layer), _scaled(cotangent, d_rows)
+    gradients, like = residuals
+    # Select, since 0 · NaN is NaN: a cost that nobody counts has no gradient, whatever it holds.
+    scaled = jax.tree.map(lambda g: jnp.where(cotangent == 0, 0, cotangent * g), gradients)
+    return _cast(scaled, like)
 
 
 _total.defvjp(_total_fwd, _total_bwd)
@@ -377,8 +383,8 @@ def _each_fwd(plan, layer, rows):
 
 def _each_bwd(plan, residuals, cotangent):
     layer, rows = residuals
-    _, (d_layer, d_rows) = _with_gradients(plan, layer, rows, cotangent)
-    return _cast(d_layer, layer), d_rows
+    _, gradients = _with_gradients(plan, layer, rows, cotangent)
+    return _cast(gradients, (layer, rows))
 
 
 _each.defvjp(_each_fwd, _each_bwd)
@@ -400,7 +406,7 @@ def _with_gradients(plan, layer, rows, cotangent):
         costs, pull_back = jax.vjp(partial(_costs, plan), _linear(layer, x), *others)
         d_z, d_others, d_rows = pull_back(cotangent)
         narrow = d_z.astype(x.dtype)
-        d_x = _product(narrow, layer.weights.T).astype(x.dtype)
+        d_x = _product(narrow, layer.weights.T)
         d_w = _plus_product(d_layer.weights, x.T, narrow)
         d_b = None if d_layer.bias is None else d_layer.bias + _column_sums(d_z)
         d_others = jax.tree.map(jnp.add, d_layer._replace(weights=None, bias=None), d_others)
