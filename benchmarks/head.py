@@ -130,14 +130,14 @@ def main() -> None:
         lines.append(f"| {rows}, {features}, {classes} | {dtype} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
 
-    by_classes = grown([(2048, 64, classes) for classes in CLASSES])
+    by_classes = grown([(256, 64, classes) for classes in CLASSES])
     by_rows = grown([(rows, 64, 32_000) for rows in ROWS])
     lines += [
         "",
         "Growth of the head, 64 features: time for each row, feature and class; temporary memory.",
     ]
     lines += ["", "| rows | classes | nanoseconds | megabytes |", "|---|---|---|---|"]
-    shapes = [(2048, classes) for classes in CLASSES] + [(rows, 32_000) for rows in ROWS]
+    shapes = [(256, classes) for classes in CLASSES] + [(rows, 32_000) for rows in ROWS]
     for (rows, classes), (nanoseconds, megabytes) in zip(shapes, by_classes + by_rows, strict=True):
         lines.append(f"| {rows} | {classes} | {nanoseconds:.4f} | {megabytes:.0f} |")
     (HERE / "head.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -149,7 +149,7 @@ def draw(by_classes: list[tuple[float, float]], by_rows: list[tuple[float, float
     plt.switch_backend("agg")
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
     for axes, counts, grown, title, other in (
-        (panels[0], CLASSES, by_classes, "2,048 rows, by classes", 2048),
+        (panels[0], CLASSES, by_classes, "256 rows, by classes", 256),
         (panels[1], ROWS, by_rows, "32,000 classes, by rows", 32_000),
     ):
         axes.loglog(counts, [megabytes for _, megabytes in grown], "o-", label="head, beyond its results")
