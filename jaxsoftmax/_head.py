@@ -351,9 +351,12 @@ def _total_fwd(plan, layer, rows):
 
 def _total_bwd(_, residuals, cotangent):
     gradients, like = residuals
+
     # Select, since 0 · NaN is NaN: a cost that nobody counts has no gradient, whatever it holds.
-    scaled = jax.tree.map(lambda g: jnp.where(cotangent == 0, 0, cotangent * g), gradients)
-    return _cast(scaled, like)
+    def scaled(g):
+        return jnp.where(cotangent == 0, 0, cotangent * g.astype(cotangent.dtype))
+
+    return _cast(jax.tree.map(scaled, gradients), like)
 
 
 _total.defvjp(_total_fwd, _total_bwd)

@@ -246,6 +246,9 @@ def test_narrow_operands_and_wide_sums(dtype):
         expected = jax.grad(lambda *a: dense(*a, labels, reduction="sum"), (0, 1, 2))(*exact)
     actual = jax.grad(cost, (0, 1, 2))(x, w, b)
     assert [part.dtype for part in actual] == [dtype] * 3
+    rows = jax.nn.one_hot(labels, 30, dtype=dtype)
+    by_rows = jax.grad(lambda y: js.linear_log_likelihood_cost(x, w, b, y, block_size=4))(rows)
+    assert by_rows.dtype == dtype
     # The logits' gradient is rounded before its products; sixteen blocks add no error of their own.
     assert_norms_close([a.astype(jnp.float32) for a in actual], [np.float32(e) for e in expected], 4e-3)
 
