@@ -369,8 +369,7 @@ def label_sums(logits: Float[Array, "*batch classes"], labels: Array) -> tuple[R
     index = labels[..., None]
     sums = row_sums(logits, index)
     sums = sums._replace(rest=jnp.where(index < 0, jnp.nan, sums.rest))
-    own = jnp.exp(below(pick(logits, index).astype(sums.rest.dtype), sums.maximum))
-    return sums, sums._replace(exponentials=own)
+    return sums, sums._replace(exponentials=sums.own)
 
 
 def log_likelihood_gradient(

@@ -114,6 +114,7 @@ class RowSums(NamedTuple):
     maximum: Float[Array, "*batch 1"]  # m
     exponentials: Float[Array, "*batch classes"]  # e_k
     rest: Float[Array, "*batch 1"]  # r
+    own: Float[Array, "*batch 1"]  # e_k of the class that was left out of the sum: a winner, or the label
 
     @property
     def probabilities(self) -> Float[Array, "*batch classes"]:
@@ -148,7 +149,7 @@ def row_sums(
     # If not, the winner's 1 is in the sum, and what adding it rounds off is below the last digit.
     # No exponential is above 1, so the smaller of it and the distance from `index` leaves that class out.
     rest = _sum_of_others(exponentials, index, jnp.minimum) + (own - 1)
-    return RowSums(maximum, exponentials, rest)
+    return RowSums(maximum, exponentials, rest, own)
 
 
 def below(logits: Float[Array, "*batch classes"], maximum: Float[Array, "*batch 1"]) -> Array:
