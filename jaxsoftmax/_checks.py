@@ -158,12 +158,20 @@ def as_class_weight(class_weight: ArrayLike, classes: int, dtype: jax.typing.DTy
     return array.astype(dtype)
 
 
-def as_number(name: str, value: Any, dtype: jax.typing.DTypeLike, most: float | int = np.inf) -> Any:
-    """`value` as a non-negative scalar: Python numbers as they are, arrays in `dtype`."""
+def as_number(
+    name: str,
+    value: Any,
+    dtype: jax.typing.DTypeLike,
+    most: float | int = np.inf,
+    positive: bool = False,
+) -> Any:
+    """`value` as a scalar from 0 on, or positive and finite; arrays in `dtype`, Python numbers kept."""
     array = jnp.asarray(value)
     kinds = (jnp.floating, jnp.integer)
     if array.ndim or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise TypeError(f"{name} must be a real scalar, got {array.dtype} of shape {array.shape}")
+    if positive and _is_known(value) and not 0 < np.asarray(value) < np.inf:
+        raise ValueError(f"{name} must be a number above 0, got {value}")
     if _is_known(value) and not 0 <= np.asarray(value) <= most:
         limit = "at least 0" if most == np.inf else f"from 0 to {most}"
         raise ValueError(f"{name} must be {limit}, got {value}")

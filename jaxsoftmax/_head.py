@@ -207,11 +207,7 @@ def _as_layer(features, weights, bias, softcap, num_classes, block_size):
         raise ValueError(f"bias must have shape ({classes},), one for each class, got {b.shape}")
     dtype = jnp.promote_types(x.dtype, w.dtype)
     if softcap is not None:
-        softcap = as_number("softcap", softcap, arithmetic_dtype(dtype))
-        if isinstance(softcap, float) and not 0 < softcap < math.inf:
-            raise ValueError(
-                f"softcap must be a number above 0, got {softcap}: None leaves the logits as they are"
-            )
+        softcap = as_number("softcap", softcap, arithmetic_dtype(dtype), positive=True)
     num_classes = classes if num_classes is None else as_count("num_classes", num_classes)
     if num_classes > classes:
         raise ValueError(
