@@ -22,13 +22,18 @@ from ._checks import (
     as_where,
 )
 from ._softmax import (
+    LIFT,
     RowSums,
-    below,
+    apart,
     is_class,
     is_sharded,
+    lifted_roots,
     pick,
     pull_back_softmax,
+    reduce_rows,
+    row_maximum,
     row_sums,
+    sum_of_other_exponentials,
     sum_of_others,
 )
 
@@ -103,7 +108,7 @@ def log_likelihood_cost(
         training loses to costs rounded to 0.
     """
     z, labels, v = _as_examples(logits, labels, axis, sample_weight)
-    options = as_options(class_weight, label_smoothing, z_loss, z.shape[-1], z.dtype)
+    options = as_options(class_weight, label_smoothing, z_loss, z.shape[-1], arithmetic_dtype(z.dtype))
     exists = None
     if where is not None:
         exists = jnp.moveaxis(as_where(where, jnp.shape(logits)), axis, -1)
@@ -152,6 +157,10 @@ def quadratic_cost(
         Nielsen (2015), "Neural Networks and Deep Learning", chapter 3, on the learning slowdown.
     """
     z, labels, weight = _as_examples(logits, labels, axis, sample_weight)
+    z = z.astype(arithmetic_dtype(z.dtype))
+    if weight is not None:
+        broken = (weight == 0) & ~jnp.isfinite(row_maximum(z)[..., 0])
+        z = jnp.where(broken[..., None], 0, z)
     cost = _quadratic(z, _as_targets(labels, weight, z.dtype))
     if weight is not None:
         cost = _weighted(weight, cost)
@@ -222,21 +231,28 @@ def example_costs(
     `exists` tells, for (classes) or (*batch, classes), which classes do; z must be −inf for the others.
     """
     w, alpha, zeta = options
-    labels = _as_targets(labels, v, z.dtype)
-    class_weight = None if w is None else _class_weight(labels, v, w)
+    m = row_maximum(z)
+    broken = None if v is None else (v == 0)[..., None] & ~jnp.isfinite(m)
+    if broken is not None:
+        m = jnp.where(broken, 0, m)
+    labels = _as_targets(labels, v, m.dtype)
+    share = None if alpha is None else alpha * _even(exists, z.shape[-1], m.dtype)
     if _is_probability(labels):
-        q = labels if alpha is None else (1 - alpha) * labels + _smoothing(alpha, z, exists)
-        cost, log_rest, z = _ignoring(v, z, *_log_likelihood(z, q if w is None else w * q))
+        q = labels if share is None else (1 - alpha) * labels + share
+        cost, log_sum = _target_cost(z.astype(m.dtype), m, q if w is None else w * q, broken)
     else:
-        cost, log_rest, z = _ignoring(v, z, *_log_likelihood(z, labels))
-        if w is not None:
-            cost = _weighted(class_weight, cost)
-        if alpha is not None:
-            share = _smoothing(alpha, z, exists)
-            share = share if w is None else w * share
-            cost = _weighted(1 - alpha, cost) + _shared_cost(z, log_rest, share, v)
+        cost, log_sum = _label_cost(z, m, labels, broken)
+    if broken is not None:
+        cost, log_sum = (jnp.where(broken[..., 0], 0, each) for each in (cost, log_sum))
+    class_weight = None if w is None else _class_weight(labels, w)
+    if not _is_probability(labels):
+        cost = cost if w is None else _weighted(class_weight, cost)
+        if share is not None:
+            z = z if broken is None else jnp.where(broken, 0, z)
+            shared = _shared_cost(z, m, log_sum, share if w is None else w * share, v)
+            cost = _weighted(1 - alpha, cost) + shared
     if zeta is not None:
-        squared = jnp.square(_maximum(z) + log_rest)
+        squared = jnp.square(m[..., 0] + log_sum)
         cost += zeta * (squared if w is None else _weighted(class_weight, squared))
     return cost if v is None else _weighted(v, cost)
 
@@ -246,7 +262,7 @@ def total_weight(
 ) -> Array | int:
     """What all examples together weigh in the mean: Σ_n v Σ_k w_k y_k."""
     if w is not None:
-        weight = _class_weight(_as_targets(labels, v, w.dtype), v, w)
+        weight = _class_weight(_as_targets(labels, v, w.dtype), w)
         return jnp.sum(weight if v is None else _weighted(v, weight))
     if v is not None:
         return jnp.sum(v)
@@ -254,36 +270,26 @@ def total_weight(
 
 
 def _as_examples(logits, labels, axis, sample_weight):
-    """Checked logits and labels with the classes last, and sample weights, in the dtype to compute in."""
+    """Checked logits and labels with the classes last, and sample weights in the dtype to compute in."""
     array, axis = as_logits(logits, axis)
-    dtype = arithmetic_dtype(array.dtype)
     v = None
     if sample_weight is not None:
-        v = as_weights(sample_weight, array.shape[:axis] + array.shape[axis + 1 :], dtype)
+        batch = array.shape[:axis] + array.shape[axis + 1 :]
+        v = as_weights(sample_weight, batch, arithmetic_dtype(array.dtype))
     labels = as_labels(labels, array.shape, axis, sample_weight)
-    return jnp.moveaxis(array, axis, -1).astype(dtype), labels, v
+    return jnp.moveaxis(array, axis, -1), labels, v
 
 
 def _as_targets(labels, v, dtype):
-    """Integer labels as they are; probabilities in `dtype`, with 0 for what v = 0 ignores."""
+    """Integer labels, or probabilities in `dtype`; 0 for those that v = 0 leaves without meaning."""
     if not _is_probability(labels):
-        return labels
+        return labels if v is None else jnp.where((v == 0) & (labels < 0), 0, labels)
     y = labels.astype(dtype)
     return y if v is None else jnp.where((v == 0)[..., None] & ~jnp.isfinite(y), 0, y)
 
 
-def _ignoring(v, z, cost, log_rest):
-    """Cost, log1p(r) and logits, with numbers in place of what breaks an example of weight 0."""
-    if v is None:
-        return cost, log_rest, z
-    ignored = (v == 0) & ~jnp.isfinite(cost + log_rest)
-    # The logits matter for smoothing and z-loss alone; where neither is asked for, nothing reads them.
-    z = jnp.where(ignored[..., None], 0, z)
-    return jnp.where(ignored, 0, cost), jnp.where(ignored, 0, log_rest), z
-
-
-def _class_weight(labels, v, w):
-    """Σ_k w_k y_k for each example; NaN where an integer label names no class and v is not 0."""
+def _class_weight(labels, w):
+    """Σ_k w_k y_k for each example; NaN where an integer label names no class."""
     if _is_probability(labels):
         return jnp.sum(w * labels, axis=-1)
     if is_sharded(labels) or is_sharded(w):
@@ -291,8 +297,7 @@ def _class_weight(labels, v, w):
         weight = jnp.sum(jnp.where(own, w, 0), axis=-1)
     else:
         weight = jnp.take(w, labels, mode="clip")
-    counts = True if v is None else v != 0
-    return jnp.where((labels < 0) & counts, jnp.nan, weight)
+    return jnp.where(labels < 0, jnp.nan, weight)
 
 
 def _weighted(weight, cost):
@@ -320,26 +325,19 @@ def reduced(
     return jnp.where(weight == 0, 0, jnp.sum(cost) / jnp.where(weight == 0, 1, weight))
 
 
-def _smoothing(alpha, z, exists):
-    """α/K for each class that exists, 0 for the others."""
+def _even(exists, classes, dtype):
+    """The even distribution: 1/K for each class that exists, 0 for the others."""
     if exists is None:
-        return alpha / z.shape[-1]
-    exists = exists.astype(z.dtype)
-    return alpha * exists / jnp.maximum(jnp.sum(exists, axis=-1, keepdims=True), 1)
+        return jnp.full(classes, 1 / classes, dtype)
+    exists = exists.astype(dtype)
+    return exists / jnp.maximum(jnp.sum(exists, axis=-1, keepdims=True), 1)
 
 
-def _shared_cost(z, log_rest, share, v):
+def _shared_cost(z, m, log_sum, share, v):
     """Σ_k share_k (−ln a_k). Its gradient a_j Σ_k share_k − share_j has nothing to lose."""
-    surprise = log_rest[..., None] - below(z, _maximum(z)[..., None])
-    if v is not None or not isinstance(share, float):
-        nothing = jnp.equal(share, 0) if v is None else jnp.equal(share, 0) | (v == 0)[..., None]
-        surprise = jnp.where(nothing & (z == -jnp.inf), 0, surprise)
-    return jnp.sum(share * surprise, axis=-1)
-
-
-def _maximum(z):
-    """The row maximum m; what it is subtracted from does not change with it."""
-    return jax.lax.stop_gradient(jnp.max(z, axis=-1))
+    nothing = share == 0 if v is None else (share == 0) | (v == 0)[..., None]
+    surprise = log_sum[..., None] + (m - z.astype(m.dtype))
+    return jnp.sum(share * jnp.where(nothing & (z == -jnp.inf), 0, surprise), axis=-1)
 
 
 def _unless_zero(number):
@@ -351,60 +349,116 @@ def _is_probability(labels):
     return jnp.issubdtype(labels.dtype, jnp.floating)
 
 
-class _Residuals(NamedTuple):
-    sums: RowSums
-    own: RowSums | None  # The row sums of the label's class alone, for integer labels.
-    cost: Float[Array, "*batch"]
-    logits: Array | None  # Kept for the gradient of probability labels alone.
-    labels: Array
-
-
-def label_sums(logits: Float[Array, "*batch classes"], labels: Array) -> tuple[RowSums, RowSums | None]:
-    """The row sums that are exact for these labels, and those of an integer label's own class.
-
-    They are NaN in the row of a label that names no class.
-    """
+def label_sums(logits: Float[Array, "*batch classes"], labels: Array) -> RowSums:
+    """The row sums of logits, NaN in the row of an integer label that names no class."""
+    sums = row_sums(logits)
     if _is_probability(labels):
-        return row_sums(logits), None
-    index = labels[..., None]
-    sums = row_sums(logits, index)
-    sums = sums._replace(rest=jnp.where(index < 0, jnp.nan, sums.rest))
-    return sums, sums._replace(exponentials=sums.own)
+        return sums
+    return sums._replace(rest=jnp.where(labels[..., None] < 0, jnp.nan, sums.rest))
 
 
-def log_likelihood_gradient(
-    sums: RowSums, own: RowSums | None, labels: Array
-) -> Float[Array, "*batch classes"]:
+def log_likelihood_gradient(sums: RowSums, labels: Array) -> Float[Array, "*batch classes"]:
     """∂C/∂z for each row: a − y where the targets sum to 1, without its cancellation."""
     a = sums.probabilities
-    if own is None:
+    if _is_probability(labels):
         return a * sum_of_others(labels) - labels * sums.complements
-    return jnp.where(is_class(a, labels[..., None]), -own.complements, a)
+    return jnp.where(is_class(a, labels[..., None]), -sums.complements, a)
 
 
-def _surprise(sums, logits, targets):
-    """−ln a_k for each class; 0 where it is infinite and the target 0, since 0 · ln 0 = 0."""
-    return jnp.where((targets == 0) & (logits == -jnp.inf), 0, sums.surprises(logits))
-
-
-# What an example costs, and log1p(r), from which smoothing and z-loss are made.
+# The cost of integer labels, −ln a_y, and ln Σ_k e_k, from which smoothing and z-loss are made.
+# With o = Σ_{k≠y} e_k, summed without the label,
+#     −ln a_y = ln (1 + o / e_y)          which loses nothing where the label leads, and
+#             = (m − z_y) + ln (o + e_y)  where it does not, and e_y may be too small to divide by.
+# Neither needs m to be the maximum to the last digit: the compiler may round the logits otherwise there.
 @jax.custom_vjp
-def _log_likelihood(logits, labels):
-    return _log_likelihood_fwd(logits, labels)[0]
+def _label_cost(logits, maximum, labels, broken):  # noqa: ARG001
+    index = labels[..., None]
+    others = sum_of_other_exponentials(logits, maximum, index)
+    return _from_label(logits, maximum, index, others)[:2]
 
 
-def _log_likelihood_fwd(logits, labels):
-    sums, own = label_sums(logits, labels)
-    if own is None:
-        total = jnp.sum(labels, axis=-1)
-        cost = jnp.sum(labels * _surprise(sums, logits, labels), axis=-1)
+class _LabelResiduals(NamedTuple):
+    logits: Array | None  # Where they are narrow, the exponentials are made of them again.
+    roots: Array | None  # Otherwise the lifted roots of e_k, but 0 for the label.
+    maximum: Array  # m
+    own: Array  # e_y
+    others: Array  # o
+    index: Array
+
+
+def _label_cost_fwd(logits, maximum, labels, broken):
+    index = labels[..., None]
+    if broken is not None:
+        logits = jnp.where(broken, 0, logits)
+    if logits.dtype == maximum.dtype:
+        roots = jnp.where(is_class(logits, index), 0, lifted_roots(logits, maximum))
+        others = reduce_rows(jnp.sum, lambda roots, _: jnp.square(roots), roots) / LIFT**2
+        kept = None, roots
     else:
-        total = labels + 1
-        cost = sums.surprises(pick(logits, labels[..., None]))[..., 0]
+        others = sum_of_other_exponentials(logits, maximum, index)
+        kept = logits, None
+    cost, log_sum, own, others = _from_label(logits, maximum, index, others)
+    return (cost, log_sum), _LabelResiduals(*kept, maximum, own, others, index)
+
+
+# ∂C/∂z_j = a_j − δ_jy, which is e_j / (o + e_y) for j ≠ y and −o / (o + e_y) for the label;
+# m is held fixed, so ∂ ln Σ_k e_k/∂z_j = a_j.
+def _label_cost_bwd(residuals, cotangents):
+    logits, roots, maximum, own, others, index = residuals
+    d_cost, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
+    at_label = (d_log_sum * own - d_cost * others) / (others + own)
+    at_others = (d_cost + d_log_sum) / (others + own)
+    if roots is None:
+        narrow, maximum, _ = apart(logits, maximum, others)
+        exponentials = jnp.exp(narrow.astype(maximum.dtype) - maximum)
+    else:
+        exponentials = jnp.square(roots / LIFT)
+    gradient = jnp.where(is_class(exponentials, index), at_label, at_others * exponentials)
+    # A row that nobody counts has cotangents 0, whatever it holds: select, since 0 · NaN is NaN.
+    ignored = (d_cost == 0) & (d_log_sum == 0) & ~jnp.isfinite(others)
+    gradient = jnp.where(ignored, 0, gradient)
+    return gradient if logits is None else gradient.astype(logits.dtype), None, None, None
+
+
+_label_cost.defvjp(_label_cost_fwd, _label_cost_bwd)
+
+
+def _from_label(logits, maximum, index, others):
+    """−ln a_y, ln Σ_k e_k, e_y and o, which is NaN for a label that names no class."""
+    ahead = pick(logits, index).astype(maximum.dtype) - maximum
+    own = jnp.exp(ahead)
+    others = jnp.where(index < 0, jnp.nan, others)
+    leads = ahead > -1
+    leading = jnp.log1p(others / jnp.where(leads, own, 1))
+    log_sum = jnp.log(others + own)
+    cost = jnp.where(leads, leading, log_sum - ahead)
     # Where every class has logit −inf there is no distribution, and the label is impossible.
-    cost = jnp.where((total > 0) & (sums.maximum[..., 0] == -jnp.inf), jnp.inf, cost)
-    kept = logits if own is None else None
-    return (cost, jnp.log1p(sums.rest)[..., 0]), _Residuals(sums, own, cost, kept, labels)
+    cost = jnp.where((index >= 0) & (maximum == -jnp.inf), jnp.inf, cost)
+    return cost[..., 0], jnp.where(leads, leading + ahead, log_sum)[..., 0], own, others
+
+
+# The same for targets t, one for each class.
+@jax.custom_vjp
+def _target_cost(logits, maximum, targets, broken):  # noqa: ARG001
+    return _target_cost_fwd(logits, maximum, targets, None)[0]
+
+
+class _TargetResiduals(NamedTuple):
+    sums: RowSums
+    cost: Array
+    logits: Array
+    targets: Array
+
+
+def _target_cost_fwd(logits, maximum, targets, broken):
+    if broken is not None:
+        logits = jnp.where(broken, 0, logits)
+    sums = row_sums(logits)
+    cost = jnp.sum(targets * _surprise(sums, logits, targets), axis=-1)
+    impossible = (jnp.sum(targets, axis=-1) > 0) & (sums.maximum[..., 0] == -jnp.inf)
+    cost = jnp.where(impossible, jnp.inf, cost)
+    log_sum = (sums.maximum - maximum) + jnp.log1p(sums.rest)
+    return (cost, log_sum[..., 0]), _TargetResiduals(sums, cost, logits, targets)
 
 
 # C = −Σ_k t_k ln a_k with ∂ ln a_k/∂z_j = δ_jk − a_j, so
@@ -412,21 +466,22 @@ def _log_likelihood_fwd(logits, labels):
 #             = a_j (T − t_j)  −  t_j (1 − a_j)  where nothing cancels: at the label of a one-hot
 #                                                target the first term is 0, elsewhere the second
 #     ∂C/∂t_k = −ln a_k
-# log1p(r) = ln Σ_k exp(z_k − m), and m is held fixed, so
-#     ∂log1p(r)/∂z_j = a_j
-def _log_likelihood_bwd(residuals, cotangents):
-    sums, own, cost, logits, labels = residuals
-    d_cost, d_log_rest = (cotangent[..., None] for cotangent in cotangents)
-    # A row that nobody counts has cotangents 0, whatever it holds: select, since 0 · NaN is NaN.
-    ignored = (d_cost == 0) & (d_log_rest == 0) & ~jnp.isfinite(cost[..., None] + sums.rest)
-    gradient = d_cost * log_likelihood_gradient(sums, own, labels) + d_log_rest * sums.probabilities
-    d_logits = jnp.where(ignored, 0, gradient)
-    if logits is None:
-        return d_logits, None
-    return d_logits, jnp.where(ignored, 0, d_cost * _surprise(sums, logits, labels))
+# and as above ∂ ln Σ_k e_k/∂z_j = a_j
+def _target_cost_bwd(residuals, cotangents):
+    sums, cost, logits, targets = residuals
+    d_cost, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
+    ignored = (d_cost == 0) & (d_log_sum == 0) & ~jnp.isfinite(cost[..., None] + sums.rest)
+    gradient = d_cost * log_likelihood_gradient(sums, targets) + d_log_sum * sums.probabilities
+    d_targets = d_cost * _surprise(sums, logits, targets)
+    return jnp.where(ignored, 0, gradient), None, jnp.where(ignored, 0, d_targets), None
 
 
-_log_likelihood.defvjp(_log_likelihood_fwd, _log_likelihood_bwd)
+_target_cost.defvjp(_target_cost_fwd, _target_cost_bwd)
+
+
+def _surprise(sums, logits, targets):
+    """−ln a_k for each class; 0 where it is infinite and the target 0, since 0 · ln 0 = 0."""
+    return jnp.where((targets == 0) & (logits == -jnp.inf), 0, sums.surprises(logits))
 
 
 @jax.custom_vjp
@@ -434,30 +489,35 @@ def _quadratic(logits, labels):
     return _quadratic_fwd(logits, labels)[0]
 
 
+class _QuadraticResiduals(NamedTuple):
+    sums: RowSums
+    cost: Array
+    labels: Array
+
+
 def _quadratic_fwd(logits, labels):
-    sums, own = label_sums(logits, labels)
-    difference = _difference(sums, own, labels)
-    cost = jnp.sum(jnp.square(difference), axis=-1) / 2
-    return cost, _Residuals(sums, own, cost, None, labels)
+    sums = label_sums(logits, labels)
+    cost = jnp.sum(jnp.square(_difference(sums, labels)), axis=-1) / 2
+    return cost, _QuadraticResiduals(sums, cost, labels)
 
 
 # C = ½ Σ_k d_k² with d = a − t, so ∂C/∂a = d, pulled back through the softmax, and ∂C/∂t = −d.
 def _quadratic_bwd(residuals, cotangent):
-    sums, own, cost, _, labels = residuals
+    sums, cost, labels = residuals
     cotangent = cotangent[..., None]
     ignored = (cotangent == 0) & ~jnp.isfinite(cost)[..., None]
-    difference = _difference(sums, own, labels)
+    difference = _difference(sums, labels)
     d_logits = jnp.where(ignored, 0, cotangent * pull_back_softmax(sums, difference))
-    if own is not None:
+    if not _is_probability(labels):
         return d_logits, None
     return d_logits, jnp.where(ignored, 0, -cotangent * difference)
 
 
-def _difference(sums, own, labels):
+def _difference(sums, labels):
     """The difference a − t as a (1 − t) − t (1 − a), exact where a rounds to 1."""
-    if own is None:
+    if _is_probability(labels):
         return sums.probabilities * (1 - labels) - labels * sums.complements
-    return log_likelihood_gradient(sums, own, labels)
+    return log_likelihood_gradient(sums, labels)
 
 
 _quadratic.defvjp(_quadratic_fwd, _quadratic_bwd)

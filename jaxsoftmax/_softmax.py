@@ -1,5 +1,6 @@
 """Softmax and log-softmax with analytic gradients, and the row sums that make both exact."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -94,7 +95,7 @@ def softmax_jacobian(logits: FloatArray) -> Float[Array, "..."]:
          [-0.25  0.25]]
     """
     array, _ = as_logits(logits, -1)
-    sums = row_sums(array)
+    sums = row_sums(array.astype(arithmetic_dtype(array.dtype)))
     same = jnp.eye(array.shape[-1], dtype=bool)
     a = sums.probabilities
     on_diagonal = a * sums.complements
@@ -109,12 +110,14 @@ class RowSums(NamedTuple):
     *rest* r, which is summed without the 1. So nothing is lost when r is far below 1, and
         a_k = e_k / (1 + r),    1 − a_k = (r + (1 − e_k)) / (1 + r),    −ln a_k = (m − z_k) + log1p(r)
     are sums, products and quotients of non-negative numbers, for the winner as for every other class.
+    The winner is told by its number, and its e_k is 1 and its m − z_k 0 by definition: a compiler may
+    compute the same logits several times and round them differently.
     """
 
+    winner: Integer[Array, "*batch 1"]
     maximum: Float[Array, "*batch 1"]  # m
     exponentials: Float[Array, "*batch classes"]  # e_k
     rest: Float[Array, "*batch 1"]  # r
-    own: Float[Array, "*batch 1"]  # e_k of the class that was left out of the sum: a winner, or the label
 
     @property
     def probabilities(self) -> Float[Array, "*batch classes"]:
@@ -128,38 +131,50 @@ class RowSums(NamedTuple):
 
     def surprises(self, logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
         """−ln a_k."""
-        return -below(logits.astype(self.maximum.dtype), self.maximum) + jnp.log1p(self.rest)
+        behind = jnp.where(is_class(logits, self.winner), 0, self.maximum - logits)
+        return behind + jnp.log1p(self.rest)
 
 
-def row_sums(
-    logits: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"] | None = None
-) -> RowSums:
-    """The row sums of the logits, in float32 or wider.
+def row_sums(logits: Float[Array, "*batch classes"]) -> RowSums:
+    """The row sums of the logits, exact for every class; NaN where there is no distribution."""
+    winner = _first_largest(logits)
+    maximum = row_maximum(logits)
+    finite = jnp.isfinite(maximum)
+    maximum = jnp.where(finite, pick(logits, winner), maximum)
+    exponentials = jnp.where(is_class(logits, winner), 1, jnp.exp(logits - maximum))
+    rest = jnp.where(finite, sum_of_other_exponentials(logits, maximum, winner), jnp.nan)
+    return RowSums(winner, maximum, exponentials, rest)
 
-    `index` names the class of each row whose numbers need be exact, its label. If None they are exact
-    for every class; finding the winner costs one more pass over the logits.
-    """
+
+def row_maximum(logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch 1"]:
+    """The maximum of each row, in float32 or wider, held fixed: no cost changes with it."""
     dtype = arithmetic_dtype(logits.dtype)
-    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)).astype(dtype)
-    if index is None:
-        index = _first_largest(logits.astype(dtype))
-    exponentials = jnp.exp(below(logits.astype(dtype), maximum))
-    own = jnp.exp(below(pick(logits, index).astype(dtype), maximum))
-    # The sum without the class at `index`. If that is a winner, own is 1 and the rest has lost nothing.
-    # If not, the winner's 1 is in the sum, and what adding it rounds off is below the last digit.
-    # No exponential is above 1, so the smaller of it and the distance from `index` leaves that class out.
-    rest = _sum_of_others(exponentials, index, jnp.minimum) + (own - 1)
-    return RowSums(maximum, exponentials, rest, own)
+    return reduce_rows(jnp.max, lambda z, _: z.astype(dtype), jax.lax.stop_gradient(logits))
 
 
-def below(logits: Float[Array, "*batch classes"], maximum: Float[Array, "*batch 1"]) -> Array:
-    """z_k − m, which is exactly 0 for a winner.
+# Exponentials are summed 2⁶⁴ times as large, as squares of their roots: in float32 an e_k 87 nats below
+# the maximum is 0, but 70,000 of them can add up to what costs and gradients still hold.
+LIFT = 2.0**32
 
-    A compiler may compute the logits again where they are used, and merge a product in them with this
-    subtraction into one rounding: 0.3 x − m would then not be 0 for the winner. No product reaches
-    across a minimum, and this one, with a number above every logit, changes nothing else.
-    """
-    return jnp.minimum(logits, 2 * jnp.abs(maximum) + 1) - maximum
+
+def lifted_roots(logits: Float[Array, "*batch classes"], maximum: Float[Array, "*batch 1"]) -> Array:
+    """The roots of the exponentials, 2³² times as large, in the maximum's dtype."""
+    return LIFT * jnp.exp((logits.astype(maximum.dtype) - maximum) / 2)
+
+
+def sum_of_other_exponentials(
+    logits: Float[Array, "*batch classes"],
+    maximum: Float[Array, "*batch 1"],
+    index: Integer[Array, "*batch 1"],
+) -> Float[Array, "*batch 1"]:
+    """Σ e_k over the classes of each row but the one at `index`."""
+
+    def terms(z, first, m, index):
+        # No root is above 2³², so the smaller of it and a multiple of the distance leaves one out.
+        distance = _distance(z, index - first, m.dtype)
+        return jnp.square(jnp.minimum(lifted_roots(z, m), 2 * LIFT * distance))
+
+    return reduce_rows(jnp.sum, terms, logits, maximum, index) / LIFT**2
 
 
 def pick(
@@ -169,7 +184,7 @@ def pick(
     if is_sharded(logits):
         # A gather along a sharded axis is refused; a sum over it is not.
         return jnp.sum(jnp.where(is_class(logits, index), logits, 0), axis=-1, keepdims=True)
-    return jnp.take_along_axis(logits, index, axis=-1, mode="clip")
+    return jnp.take_along_axis(*apart(logits, index), axis=-1, mode="clip")
 
 
 # XLA on the CPU runs a sum, and what it sums, as one pass over the logits that stores nothing, as long
@@ -177,31 +192,58 @@ def pick(
 # one more array of the logits' size. So classes are told apart by arithmetic on their numbers.
 
 
+def reduce_rows(
+    reduce: Callable[..., Array],
+    terms: Callable[..., Array],
+    values: Float[Array, "*batch classes"],
+    *columns: Array,
+) -> Float[Array, "*batch 1"]:
+    """A sum or maximum over each row of `terms(values, first, *columns)`.
+
+    Long rows are taken as several short ones: faster, and a sum of sums rounds less. `first` is the
+    number of the first class in each, and every column (*batch, 1) is given to all parts of its row.
+    """
+    *batch, classes = values.shape
+    block = 0 if is_sharded(values) else _block(classes)
+    if not block:
+        values, *columns = apart(values, *columns)
+        return reduce(terms(values, 0, *columns), axis=-1, keepdims=True)
+    parts = (*batch, classes // block)
+    first = jnp.broadcast_to(block * jnp.arange(parts[-1], dtype=jnp.int32), parts)
+    first, *columns = (jnp.broadcast_to(c, parts).reshape(-1, 1) for c in (first, *columns))
+    # A barrier, as the compiler would apply elementwise terms before the reshape, where they run four
+    # times as long.
+    values, *columns = jax.lax.optimization_barrier((values.reshape(-1, block), *columns))
+    return reduce(reduce(terms(values, first, *columns), axis=-1).reshape(parts), axis=-1, keepdims=True)
+
+
+def apart(logits: Array, *columns: Array) -> tuple[Array, ...]:
+    """The same arrays; for narrow logits so that the compiler does not know them again from other uses.
+
+    XLA on the CPU stores what it widens or broadcasts for two uses, and stores nothing for one.
+    """
+    arrays = (logits, *columns)
+    return arrays if logits.dtype.itemsize >= 4 else jax.lax.optimization_barrier(arrays)
+
+
 def _first_largest(values):
-    """The first class of each row with the largest value, as (*batch, 1) integers."""
+    """The first class of each row that has the largest value, give or take a rounding."""
     values = jax.lax.stop_gradient(values)
-    huge = jnp.finfo(values.dtype).max
+    limits = jnp.finfo(values.dtype)
     numbers = jnp.arange(values.shape[-1], dtype=values.dtype)
-    # 0 at the largest, huge elsewhere: twice, so that the smallest difference that there is becomes huge.
-    behind = -below(values, jnp.max(values, axis=-1, keepdims=True))
-    behind = jnp.minimum(behind * huge, 1) * huge
+    maximum = jnp.max(values, axis=-1, keepdims=True)
+    # The compiler may have rounded the values otherwise here than for the maximum.
+    behind = (maximum - values) - 4 * limits.eps * jnp.abs(maximum)
+    # 0 for the largest, huge elsewhere: twice, so that the smallest difference there is becomes huge.
+    behind = jnp.minimum(jnp.maximum(behind, 0) * limits.max, 1) * limits.max
     first = jnp.min(numbers + behind, axis=-1, keepdims=True)
-    # Should no class be the largest, for NaN or because values were rounded otherwise here, any will do.
+    # Where NaN or infinity leaves no class the largest, any will do.
     return jnp.minimum(first, values.shape[-1] - 1).astype(jnp.int32)
 
 
-def _sum_of_others(values, index, leave_out):
-    """Σ_{k ≠ index} v_k. `leave_out(v, distance)` is 0 at distance 0 and v from distance 2."""
-    *batch, classes = values.shape
-    block = 0 if is_sharded(values) else _block(classes)
-    if block:
-        # Long rows as several short ones: faster, and a sum of sums rounds less.
-        first = block * jnp.arange(classes // block, dtype=index.dtype)
-        sums = _sum_of_others(values.reshape(-1, block), (index - first).reshape(-1, 1), leave_out)
-        return jnp.sum(sums.reshape(*batch, classes // block), axis=-1, keepdims=True)
-    # Twice the distance: at 1 the derivative of min(v, distance) would be undecided where v is 1 too.
-    distance = jnp.abs(2 * jnp.arange(classes, dtype=values.dtype) - 2 * index.astype(values.dtype))
-    return jnp.sum(leave_out(values, distance), axis=-1, keepdims=True)
+def _distance(values, index, dtype):
+    """|k − index| for each class k."""
+    return jnp.abs(jnp.arange(values.shape[-1], dtype=dtype) - index.astype(dtype))
 
 
 def _block(classes):
@@ -210,7 +252,7 @@ def _block(classes):
         return 0
     # Blocks must not cross the boundary between two devices' classes, whose number is mostly a power
     # of two: the number of blocks keeps the most factors of two, then the blocks the most classes.
-    lengths = [length for length in range(256, 2049) if classes % length == 0]
+    lengths = [length for length in range(1024, 4097) if classes % length == 0]
     return max(lengths, key=lambda n: ((classes // n) & -(classes // n), n), default=0)
 
 
@@ -228,8 +270,8 @@ def pull_back_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes"]) 
     """A cotangent of the probabilities, as one of the logits: a_j (c_j − Σ_k a_k c_k)."""
     # Only differences of c matter. Measured from a winner's own c, the winner's term in Σ a c is
     # exactly 0, and the sum keeps its digits when the winner's a is all but 1.
-    winner = _first_largest(sums.exponentials)
-    relative = jnp.where(is_class(cotangent, winner), 0, cotangent - pick(cotangent, winner))
+    winner = is_class(cotangent, sums.winner)
+    relative = jnp.where(winner, 0, cotangent - pick(cotangent, sums.winner))
     a = sums.probabilities
     return a * (relative - jnp.sum(a * relative, axis=-1, keepdims=True))
 
@@ -242,7 +284,12 @@ def pull_back_log_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes
 def sum_of_others(values: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
     """Σ_{k≠j} v_k for each class j, which Σ_k v_k − v_j would lose where v_j is nearly all of it."""
     largest = _first_largest(jnp.abs(values))
-    rest = _sum_of_others(values, largest, lambda v, distance: v * jnp.minimum(distance, 1))
+    rest = reduce_rows(
+        jnp.sum,
+        lambda v, first, index: v * jnp.minimum(_distance(v, index - first, v.dtype), 1),
+        values,
+        largest,
+    )
     # All others but the largest, and the largest where the class is another.
     return jnp.where(is_class(values, largest), rest, (rest - values) + pick(values, largest))
 
