@@ -157,7 +157,7 @@ def row_maximum(logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch 
 LIFT = 2.0**32
 
 
-def lifted_roots(logits: Float[Array, "*batch classes"], maximum: Float[Array, "*batch 1"]) -> Array:
+def lifted_roots(logits: Float[Array, "*batch classes"], maximum: Float[Array, "*#batch 1"]) -> Array:
     """The roots of the exponentials, 2³² times as large, in the maximum's dtype."""
     return LIFT * jnp.exp((logits.astype(maximum.dtype) - maximum) / 2)
 
@@ -200,21 +200,21 @@ def reduce_rows(
 ) -> Float[Array, "*batch 1"]:
     """A sum or maximum over each row of `terms(values, first, *columns)`.
 
-    Long rows are taken as several short ones: faster, and a sum of sums rounds less. `first` is the
-    number of the first class in each, and every column (*batch, 1) is given to all parts of its row.
+    Long rows are taken in parts: faster, and a sum of sums rounds less. `first` is the number of the
+    first class in each part, and every column (*batch, 1) is given to all parts of its row.
     """
     *batch, classes = values.shape
     block = 0 if is_sharded(values) else _block(classes)
     if not block:
         values, *columns = apart(values, *columns)
         return reduce(terms(values, 0, *columns), axis=-1, keepdims=True)
-    parts = (*batch, classes // block)
-    first = jnp.broadcast_to(block * jnp.arange(parts[-1], dtype=jnp.int32), parts)
-    first, *columns = (jnp.broadcast_to(c, parts).reshape(-1, 1) for c in (first, *columns))
-    # A barrier, as the compiler would apply elementwise terms before the reshape, where they run four
-    # times as long.
-    values, *columns = jax.lax.optimization_barrier((values.reshape(-1, block), *columns))
-    return reduce(reduce(terms(values, first, *columns), axis=-1).reshape(parts), axis=-1, keepdims=True)
+    first = block * jnp.arange(classes // block, dtype=jnp.int32)[:, None]
+    parts = (values.reshape(*batch, classes // block, block), *(c[..., None] for c in columns))
+    # Without the barriers the compiler would apply elementwise terms before the reshape, and make one
+    # reduction of the two: each runs several times as long.
+    values, *columns = jax.lax.optimization_barrier(parts)
+    partial = reduce(terms(values, first, *columns), axis=-1)
+    return reduce(jax.lax.optimization_barrier(partial), axis=-1, keepdims=True)
 
 
 def apart(logits: Array, *columns: Array) -> tuple[Array, ...]:

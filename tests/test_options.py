@@ -153,13 +153,31 @@ def test_long_rows_are_summed_in_blocks(key):
         assert_close(gradient, (a - np.eye(classes)[np.asarray(labels)]) / 2, ulps=4)
 
 
-def test_no_array_of_the_logits_size_beside_the_gradient():
-    logits = jax.ShapeDtypeStruct((1024, 8192), jnp.float32)
-    labels = jax.ShapeDtypeStruct((1024,), jnp.int32)
-    for function in (js.log_likelihood_cost, jax.value_and_grad(js.log_likelihood_cost)):
-        analysis = jax.jit(function).lower(logits, labels).compile().memory_analysis()
-        limit = 0.02 if function is not js.log_likelihood_cost else 1.02
-        assert analysis.temp_size_in_bytes < limit * 1024 * 8192 * 4
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [1000, 4096, 32768])
+def test_no_array_of_the_logits_size_beside_the_gradient(classes, dtype):
+    logits = jax.ShapeDtypeStruct((1024, classes), dtype)
+    labels, mask = (jax.ShapeDtypeStruct((1024,), kind) for kind in (jnp.int32, jnp.bool))
+
+    def cost(logits, labels, mask=None):
+        return js.log_likelihood_cost(logits, labels, sample_weight=mask)
+
+    for function in (cost, jax.value_and_grad(cost)):
+        for arguments in ((logits, labels), (logits, labels, mask)):
+            analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+            assert analysis.temp_size_in_bytes < 0.02 * 1024 * classes * dtype.dtype.itemsize
+
+
+def test_narrow_logits_keep_every_option_wide(key):
+    z = 3 * jax.random.normal(key, (4, 1000), jnp.bfloat16)
+    options = {"exists": jnp.arange(1000) < 997, "alpha": 0.1, "zeta": 0.01, "v": V, "w": jnp.ones(1000)}
+    for labels in (jnp.arange(4), jax.nn.one_hot(jnp.arange(4), 1000, dtype=jnp.bfloat16)):
+        narrow, wide = (
+            jax.value_and_grad(lambda z: ours(z, labels, options))(given)  # noqa: B023
+            for given in (z, z.astype(jnp.float32))
+        )
+        assert_close(narrow[0], wide[0], ulps=4)
+        assert_close(narrow[1], wide[1].astype(jnp.bfloat16), ulps=1)
 
 
 @pytest.mark.parametrize("explicit", [False, True])
