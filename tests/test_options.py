@@ -16,7 +16,7 @@ LABELS = np.array([0, 3, 4, 0])
 PROBABILITIES = GENERATOR.gamma(1.0, size=SHAPE)
 PROBABILITIES[:, 2] = 0
 PROBABILITIES /= PROBABILITIES.sum(axis=-1, keepdims=True)
-V = np.array([0.5, 0.0, 2.0, 1.5])
+V = np.array([0.5, 0.0, 2.0, 1.0])
 W = np.array([1.0, 0.3, 2.0, 0.0, 0.7])
 EXISTS = np.array([True, True, False, True, True])
 # The oracle's names for the options, and the library's.
