@@ -2,14 +2,16 @@
 
 import functools
 import inspect
+import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
+from jax.extend.core.primitives import closed_call_p
 from jaxtyping import PRNGKeyArray
 
 
@@ -17,7 +19,8 @@ def without_custom_rules(function: Callable[..., Any], jvp: bool = False) -> Cal
     """The same function with every `jax.custom_vjp` inside it replaced by what it computes.
 
     `jax.grad` of the result is plain automatic differentiation, and forward mode works on it. Rules
-    are found wherever they sit: in nested functions, jit, scan, while, cond, vmap and checkpoint.
+    are found wherever they sit: in nested functions, jit, scan, while, cond, vmap, checkpoint, shard_map
+    and other rules. `jax.custom_batching.custom_vmap` rules go with them: they have no reverse mode.
 
     Args:
         function: Any function that JAX can trace. Array arguments are traced; others, Python numbers
@@ -26,8 +29,8 @@ def without_custom_rules(function: Callable[..., Any], jvp: bool = False) -> Cal
 
     Returns:
         A function of the same arguments and results. It is traced anew at every call; put `jax.jit`
-        around it to trace once. A rule that a derivative inside `function` has already used, or that
-        stands in a `custom_jvp` rule, is no longer there to be removed.
+        around it to trace once. A rule that a derivative inside `function` has already used is no
+        longer there to be removed.
 
     Raises:
         TypeError: From the returned function, if a result is not an array.
@@ -61,6 +64,11 @@ def without_custom_rules(function: Callable[..., Any], jvp: bool = False) -> Cal
     return plain
 
 
+# What stands in a rule's place: a call of the function that the rule belongs to, which each keeps under
+# another name. Rules for vmap go too, as their calls have no reverse mode at all.
+_BODIES = {"custom_vjp_call": "call_jaxpr", "custom_vmap_call": "call"}
+
+
 def _without_rules(part: Any, jvp: bool) -> Any:
     """A jaxpr, or whatever holds jaxprs among an equation's parameters, without custom rules."""
     # Open before closed: from JAX 0.12 on the two are one class.
@@ -75,72 +83,119 @@ def _without_rules(part: Any, jvp: bool) -> Any:
 
 
 def _equation_without_rules(equation: Any, jvp: bool) -> Any:
-    removed = ("custom_vjp_call", "custom_jvp_call") if jvp else ("custom_vjp_call",)
-    if equation.primitive.name in removed:
-        body = _without_rules(equation.params["call_jaxpr"], jvp)
-        # A call of the body takes the rule's place: tracing one writes the equation for us.
-        call = jax.make_jaxpr(jax.jit(jax_core.jaxpr_as_fun(body)))(*body.in_avals).eqns[0]
-        return equation.replace(primitive=call.primitive, params=call.params)
+    bodies = _BODIES | {"custom_jvp_call": "call_jaxpr"} if jvp else _BODIES
+    if equation.primitive.name in bodies:
+        body = _without_rules(equation.params[bodies[equation.primitive.name]], jvp)
+        return equation.replace(primitive=closed_call_p, params={"call_jaxpr": body})
     params = {name: _without_rules(value, jvp) for name, value in equation.params.items()}
+    if equation.primitive.name == "custom_jvp_call":
+        params["jvp_jaxpr_fun"] = _RuleWithoutRules(params["jvp_jaxpr_fun"])
     return equation.replace(params=params)
 
 
-class GradientRow(NamedTuple):
-    """One parameter's gradients: the function's own, the reference's, and the float64 reference's.
+class _RuleWithoutRules:
+    """The rule of a `custom_jvp` that stays, without the custom rules that it uses itself."""
 
-    An error is a largest absolute one. `ulps` are such errors in units of the last place of the
-    float64 gradient's largest entry, in the parameter's dtype.
+    def __init__(self, rule: Any):
+        self._rule = rule
+        self.debug_info = rule.debug_info
+
+    def call_wrapped(self, *zeros: bool) -> tuple[Any, Any, Any]:
+        jaxpr, constants, out_zeros = self._rule.call_wrapped(*zeros)
+        return _without_rules(jaxpr, jvp=False), constants, out_zeros
+
+
+class GradientRow(NamedTuple):
+    """One output's values or one parameter's gradients: the function's own beside the reference's.
+
+    Errors are largest absolute ones. `ulps` are errors in units of the last place of the leaf's largest
+    float64 entry, in the leaf's dtype. Both runs are measured against the same float64 run.
     """
 
     path: str
+    kind: Literal["value", "gradient"]
     shape: tuple[int, ...]
-    dtype: str
-    largest: float
-    difference: float
-    worst: tuple[int, ...]
-    custom: float
+    dtype: str  # The dtype that the function's result must have.
+    custom_dtype: str  # The dtype that it has.
+    norm: float  # Euclidean norm in float64.
+    largest: float  # Largest absolute entry in float64.
+    difference: float  # Largest absolute difference between custom and reference.
+    relative: float  # The same over `largest`.
+    ulps: float  # The same in ulps.
+    worst: tuple[int, ...]  # Where custom is furthest from float64.
+    custom: float  # The values there.
     reference: float
-    custom_ulps: float
+    truth: float
+    custom_ulps: float  # The custom result's own error, and the reference's.
     reference_ulps: float
+    custom_nonfinite: int  # How many entries are NaN or infinite.
+    reference_nonfinite: int
+    as_close: float  # Ulps up to which custom counts as close to float64 as the reference is.
+
+    def is_right(self, ulps: float | None = None) -> bool:
+        """Whether the custom result is right; see `compare_gradients` for the rule."""
+        if ulps is None:
+            ulps = 4 if jnp.finfo(self.dtype).bits < 32 else 32
+        return self.custom_dtype == self.dtype and self.custom_ulps <= max(ulps, self.as_close)
 
 
 class GradientComparison(NamedTuple):
     """What `compare_gradients` found: `rows` as plain data, `str()` as a table."""
 
     rows: tuple[GradientRow, ...]
+    skipped: tuple[str, ...]  # Arguments that have no gradient, with their dtypes.
+    arrays: tuple[
+        tuple[np.ndarray, np.ndarray, np.ndarray], ...
+    ]  # Custom, reference, float64 of each row.
 
     def __str__(self) -> str:
         """The rows as a table."""
         header = (
-            "parameter", "shape", "dtype", "largest entry", "largest difference", "at",
-            "custom", "reference", "custom error", "reference error",
+            "", "path", "shape", "dtype", "norm", "difference", "relative", "worst at", "custom",
+            "reference", "float64", "custom error", "reference error", "verdict",
         )  # fmt: skip
         lines = [
             (
-                row.path, str(row.shape), row.dtype, f"{row.largest:.3e}", f"{row.difference:.1e}",
-                str(row.worst), f"{row.custom:.6g}", f"{row.reference:.6g}",
-                f"{row.custom_ulps:.3g} ulp", f"{row.reference_ulps:.3g} ulp",
+                row.kind, row.path, str(row.shape), row.custom_dtype, f"{row.norm:.3g}",
+                f"{row.difference:.1e}", f"{row.relative:.1e}", str(row.worst), f"{row.custom:.7g}",
+                f"{row.reference:.7g}", f"{row.truth:.7g}", _error(row.custom_ulps, row.custom_nonfinite),
+                _error(row.reference_ulps, row.reference_nonfinite), _verdict(row),
             )
             for row in self.rows
         ]  # fmt: skip
         widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-        return "\n".join(
+        table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in (header, *lines)
-        )
+        ]
+        return "\n".join(table + [f"no gradient: {', '.join(self.skipped)}"] * bool(self.skipped))
 
-    def assert_close(self, ulps: float | int = 32) -> None:
-        """Raises `AssertionError` with the table if a custom gradient is wrong.
+    def assert_close(self, ulps: float | int | None = None) -> None:
+        """Raises `AssertionError` with the table if a custom value or gradient is wrong.
 
-        Right means: within `ulps` units in the last place of the float64 gradient's largest entry. The
-        unit grows with the gradient's own scale, not with the array. NaN and infinity are wrong unless
-        float64 has the same.
+        Args:
+            ulps: How far from float64 is right in any case. None takes 32 for float32 and float64, 4 for
+                bfloat16 and float16.
         """
-        wrong = [row.path for row in self.rows if not row.custom_ulps <= ulps]
+        wrong = [f"{row.kind} of {row.path}" for row in self.rows if not row.is_right(ulps)]
         if wrong:
-            raise AssertionError(
-                f"custom gradient more than {ulps} ulp from float64 for {', '.join(wrong)}:\n{self}"
-            )
+            raise AssertionError(f"custom rules wrong in {', '.join(wrong)}:\n{self}")
+
+    def plot(self, axes: Any) -> None:
+        """Draws every gradient entry's custom and reference value over its float64 value.
+
+        Args:
+            axes: Matplotlib axes. Rows of more than 2,000 entries are thinned out evenly.
+        """
+        for row, arrays in zip(self.rows, self.arrays, strict=True):
+            if row.kind == "gradient" and row.largest > 0:
+                step = -(-arrays[2].size // 2000) or 1
+                custom, reference, truth = (array.ravel()[::step] / row.largest for array in arrays)
+                axes.plot(truth, reference, "x", markersize=6, label=f"{row.path}, reference")
+                axes.plot(truth, custom, ".", markersize=4, label=f"{row.path}, custom")
+        axes.axline((0, 0), slope=1, color="gray", linewidth=0.8)
+        axes.set(xlabel="float64, over the largest entry", ylabel="gradient, over the same")
+        axes.legend()
 
 
 def compare_gradients(
@@ -148,97 +203,179 @@ def compare_gradients(
     *args: Any,
     reference: Callable[..., Any] | None = None,
     argnums: int | Sequence[int] | None = None,
+    has_aux: bool = False,
     key: PRNGKeyArray | None = None,
+    precision: Literal["float64", "float32"] = "float64",
 ) -> GradientComparison:
-    """Compares a function's gradient with a reference's, and both with float64.
+    """Compares a function's values and gradients with a reference's, and both with float64.
+
+    A custom result is right if it has its argument's or output's dtype, and each of its entries is
+    within some ulps of float64, or within twice the reference's own largest error. The ulp is that of
+    the leaf's largest entry: an error of rounding grows with what is summed, not with the size of the
+    array, so one wrong row fails among millions, and nothing that is right fails for being large. A
+    reference that is itself far off excuses nothing: its error counts up to 1/256 of the largest entry of
+    all gradients (1/32 for bfloat16 and float16), so that a factor 1.01 fails. A gradient that is truly
+    0, as of a bias in front of a normalisation, may so be as small as the reference's noise.
 
     Args:
         function: Returns any pytree of arrays; usually it uses `jax.custom_vjp`.
         *args: Its arguments, any pytrees. Gradients are taken for every floating-point array and
-            Python float among them; the rest is passed on.
-        reference: A function of the same meaning; `without_custom_rules(function)` if None. It is
-            also run in float64, as the truth for both: so far as plain autodiff in float64 is right, and
-            as the function draws no random numbers and holds no float32 carries of its own.
+            Python float among them; the rest is passed on, and named under the table.
+        reference: A function of the same meaning; `without_custom_rules(function)` if None. In float64
+            it is the truth, but for entries below float64's rounding where it has lost its digits and
+            plain autodiff of `function` has them.
         argnums: The arguments to differentiate in; all if None.
+        has_aux: Whether `function` and `reference` return a pair whose second part is not compared.
         key: Draws the cotangents, one for each entry of each output; `jax.random.key(0)` if None. A
             function of one scalar has cotangent 1, so that its gradient is compared.
+        precision: What the truth is computed in. "float32" is for functions that cannot run in float64:
+            that draw random numbers, or hold float32 numbers of their own where dtypes must agree.
 
     Returns:
-        A `GradientComparison` with a row for each floating-point leaf. NaN and infinity count as
-        equal to themselves and as infinitely far from anything else.
+        A `GradientComparison` with a row for each floating-point output and argument. NaN and infinity
+        count as equal to themselves and as infinitely far from anything else.
 
     Raises:
-        ValueError: If there is nothing to differentiate, `argnums` is out of range, or the outputs'
-            shapes differ.
+        ValueError: If there is nothing to differentiate, `argnums` is out of range, the outputs' shapes
+            differ, or `precision` is another.
 
     Example:
         >>> comparison = compare_gradients(jnp.tanh, jnp.array([0.5]))
         >>> comparison.assert_close()
-        >>> comparison.rows[0].shape
-        (1,)
+        >>> [(row.kind, row.path, row.shape) for row in comparison.rows]
+        [('value', 'output', (1,)), ('gradient', 'x', (1,))]
     """
-    reference = reference or without_custom_rules(function)
+    if precision not in ("float64", "float32"):
+        raise ValueError(f"precision must be 'float64' or 'float32', got {precision!r}")
     key = jax.random.key(0) if key is None else key
-    named_leaves, tree = jax.tree_util.tree_flatten_with_path(args)
     chosen = range(len(args)) if argnums is None else _positions(argnums, len(args))
-    at = [i for i, (path, leaf) in enumerate(named_leaves) if path[0].idx in chosen and _is_float(leaf)]
+    names = _argument_names(function, len(args))
+    flat, tree = jax.tree_util.tree_flatten_with_path(args)
+    paths = [names[path[0].idx] + jax.tree_util.keystr(path[1:]) for path, _ in flat]
+    leaves = [leaf for _, leaf in flat]
+    wanted = [path[0].idx in chosen for path, _ in flat]
+    at = [i for i, leaf in enumerate(leaves) if wanted[i] and _is_float(leaf)]
     if not at:
         raise ValueError("args must hold a floating-point array to differentiate in, found none")
-    leaves = [leaf for _, leaf in named_leaves]
+    skipped = [
+        f"{paths[i]} ({leaf.dtype})"
+        for i, leaf in enumerate(leaves)
+        if wanted[i] and _is_array(leaf) and i not in at
+    ]
     floats = [jnp.asarray(leaves[i]) for i in at]
 
-    def vjp(f, floats):
-        def of_floats(*floats):
+    def run(f, floats):
+        def of_floats(floats):
             filled = list(leaves)
             for i, leaf in zip(at, floats, strict=True):
                 filled[i] = leaf
-            outputs = jax.tree.leaves(f(*jax.tree.unflatten(tree, filled)))
-            return [jnp.asarray(output) for output in outputs if _is_float(output)]
+            outputs = f(*jax.tree.unflatten(tree, filled))
+            outputs = jax.tree_util.tree_leaves_with_path(outputs[0] if has_aux else outputs)
+            outputs = {path: jnp.asarray(out) for path, out in outputs if _is_float(out)}
+            return list(outputs.values()), ["output" + jax.tree_util.keystr(path) for path in outputs]
 
-        return jax.vjp(of_floats, *floats)
+        return jax.vjp(of_floats, floats, has_aux=True)
 
-    outputs, pull_back = vjp(function, floats)
+    outputs, pull_back, output_paths = run(function, floats)
     if not outputs:
         raise ValueError("function must return a floating-point array to differentiate, got none")
     cotangents = _cotangents(outputs, key)
-    custom = pull_back(cotangents)
-    outputs, pull_back = vjp(reference, floats)
-    plain = pull_back(_like(cotangents, outputs))
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        outputs, pull_back = vjp(reference, [jnp.asarray(leaf, jnp.float64) for leaf in floats])
-        truth = [np.asarray(leaf) for leaf in pull_back(_like(cotangents, outputs))]
 
-    names = _argument_names(function, len(args))
-    rows = []
-    for i, *gradients in zip(at, custom, plain, truth, strict=True):
-        path = named_leaves[i][0]
-        name = names[path[0].idx] + jax.tree_util.keystr(path[1:])
-        rows.append(_row(name, *gradients))
-    return GradientComparison(tuple(rows))
+    def results(f, dtype=None):
+        outputs, pull_back, _ = run(f, floats if dtype is None else [x.astype(dtype) for x in floats])
+        return [np.asarray(r, np.float64) for r in outputs + pull_back(_like(cotangents, outputs))[0]]
+
+    def both(f):
+        with jax.enable_x64(precision == "float64"), jax.numpy_dtype_promotion("standard"):
+            wide = results(f, jnp.dtype(precision))
+        return results(f), wide
+
+    plain = without_custom_rules(function)
+    custom = outputs + pull_back(cotangents)[0]
+    beside, truths = both(reference or plain)
+    noise = 32 * float(np.finfo(precision).eps) * max(1, *map(_largest, [*floats, *cotangents]))
+    if reference is not None and (own := _if_differentiable(both, plain)):
+        truths = [_with_digits(*four, noise) for four in zip(beside, truths, *own, strict=True)]
+
+    paths = [*output_paths, *(paths[i] for i in at)]
+    kinds = ["value"] * len(outputs) + ["gradient"] * len(floats)
+    overall = max(map(_largest, truths[len(outputs) :]))
+    rows, arrays = [], []
+    for path, kind, like, result, *others in zip(
+        paths, kinds, outputs + floats, custom, beside, truths, strict=True
+    ):
+        arrays.append((np.asarray(result, np.float64), *others))
+        scale = overall if kind == "gradient" else _largest(arrays[-1][2])
+        rows.append(_row(path, kind, like.dtype, result.dtype, *arrays[-1], scale))
+    return GradientComparison(tuple(rows), tuple(skipped), tuple(arrays))
 
 
-def _row(name: str, custom: Any, reference: Any, truth: np.ndarray) -> GradientRow:
-    dtype = custom.dtype
-    custom, reference = np.asarray(custom, np.float64), np.asarray(reference, np.float64)
-    difference = _distance(custom, reference)
-    worst = np.unravel_index(np.argmax(difference), difference.shape) if difference.size else ()
-    largest = np.max(np.abs(truth), initial=0, where=np.isfinite(truth))
+def _row(path, kind, dtype, custom_dtype, custom, reference, truth, scale) -> GradientRow:
     limits = jnp.finfo(dtype)
-    exponent = np.floor(np.log2(max(largest, float(limits.tiny))))
-    ulp = float(limits.eps) * 2.0**exponent
-
+    largest = _largest(truth)
+    ulp = float(limits.eps) * 2.0 ** math.floor(math.log2(max(largest, float(limits.tiny))))
+    error, reference_error = _distance(custom, truth), _distance(reference, truth)
+    difference = float(np.max(_distance(custom, reference), initial=0))
+    worst = np.unravel_index(np.argmax(error), error.shape) if error.size else ()
+    cap = scale * (2.0**-5 if limits.bits < 32 else 2.0**-8)
     return GradientRow(
-        path=name,
+        path=path,
+        kind=kind,
         shape=custom.shape,
         dtype=str(dtype),
-        largest=float(largest),
-        difference=float(np.max(difference, initial=0)),
+        custom_dtype=str(custom_dtype),
+        norm=float(np.linalg.norm(truth.ravel())),
+        largest=largest,
+        difference=difference,
+        relative=difference / largest if largest else (math.inf if difference else 0.0),
+        ulps=difference / ulp,
         worst=tuple(int(i) for i in worst),
         custom=float(custom[worst]) if custom.size else 0.0,
         reference=float(reference[worst]) if custom.size else 0.0,
-        custom_ulps=float(np.max(_distance(custom, truth), initial=0) / ulp),
-        reference_ulps=float(np.max(_distance(reference, truth), initial=0) / ulp),
+        truth=float(truth[worst]) if custom.size else 0.0,
+        custom_ulps=float(np.max(error, initial=0)) / ulp,
+        reference_ulps=float(np.max(reference_error, initial=0)) / ulp,
+        custom_nonfinite=int(np.sum(~np.isfinite(custom))),
+        reference_nonfinite=int(np.sum(~np.isfinite(reference))),
+        as_close=2 * min(float(np.max(reference_error, initial=0)), cap) / ulp,
     )
+
+
+def _error(ulps: float, nonfinite: int) -> str:
+    return f"{ulps:.3g} ulp" + (f", {nonfinite} not finite" if nonfinite else "")
+
+
+def _verdict(row: GradientRow) -> str:
+    if row.custom_dtype != row.dtype:
+        return f"wrong: should be {row.dtype}"
+    return "right" if row.is_right() else "wrong"
+
+
+def _largest(array: Any) -> float:
+    """The largest finite absolute entry."""
+    array = np.abs(np.asarray(array, np.float64))
+    return float(np.max(array, initial=0, where=np.isfinite(array)))
+
+
+def _with_digits(narrow, wide, own_narrow, own_wide, noise) -> np.ndarray:
+    """The reference's entries in float64, or the function's own, where these alone have digits.
+
+    A number has digits where float64 finds the same as the narrower dtype, and not 0.
+    """
+
+    def known(narrow, wide):
+        return (wide != 0) & (np.abs(narrow - wide) <= np.abs(wide) / 16)
+
+    lost = known(own_narrow, own_wide) & ~known(narrow, wide) & (np.abs(own_wide - wide) <= noise)
+    return np.where(lost, own_wide, wide)
+
+
+def _if_differentiable(run: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    """The run of the function, or None where JAX has no derivative of it."""
+    try:
+        return run(function)
+    except Exception:  # What JAX and the libraries on it raise for that has no common type.
+        return None
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
