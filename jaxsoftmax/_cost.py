@@ -33,6 +33,7 @@ from ._softmax import (
     reduce_rows,
     row_maximum,
     row_sums,
+    share,
     sum_of_other_exponentials,
     sum_of_others,
 )
@@ -158,9 +159,6 @@ def quadratic_cost(
     """
     z, labels, weight = _as_examples(logits, labels, axis, sample_weight)
     z = z.astype(arithmetic_dtype(z.dtype))
-    if weight is not None:
-        broken = (weight == 0) & ~jnp.isfinite(row_maximum(z)[..., 0])
-        z = jnp.where(broken[..., None], 0, z)
     cost = _quadratic(z, _as_targets(labels, weight, z.dtype))
     if weight is not None:
         cost = _weighted(weight, cost)
@@ -232,24 +230,22 @@ def example_costs(
     """
     w, alpha, zeta = options
     m = row_maximum(z)
-    broken = None if v is None else (v == 0)[..., None] & ~jnp.isfinite(m)
-    if broken is not None:
-        m = jnp.where(broken, 0, m)
     labels = _as_targets(labels, v, m.dtype)
-    share = None if alpha is None else alpha * _even(exists, z.shape[-1], m.dtype)
+    even = None if alpha is None else alpha * _even(exists, z.shape[-1], m.dtype)
     if _is_probability(labels):
-        q = labels if share is None else (1 - alpha) * labels + share
-        cost, log_sum = _target_cost(z.astype(m.dtype), m, q if w is None else w * q, broken)
+        q = labels if even is None else (1 - alpha) * labels + even
+        cost, log_sum = _target_cost(z.astype(m.dtype), q if w is None else w * q)
     else:
-        cost, log_sum = _label_cost(z, m, labels, broken)
-    if broken is not None:
-        cost, log_sum = (jnp.where(broken[..., 0], 0, each) for each in (cost, log_sum))
+        cost, log_sum = _label_cost(z, m, labels)
+    if v is not None:
+        ignored = (v == 0) & ~jnp.isfinite(cost + log_sum)
+        cost, log_sum = (jnp.where(ignored, 0, each) for each in (cost, log_sum))
+        z, m = (jnp.where(ignored[..., None], 0, each) for each in (z, m))
     class_weight = None if w is None else _class_weight(labels, w)
     if not _is_probability(labels):
         cost = cost if w is None else _weighted(class_weight, cost)
-        if share is not None:
-            z = z if broken is None else jnp.where(broken, 0, z)
-            shared = _shared_cost(z, m, log_sum, share if w is None else w * share, v)
+        if even is not None:
+            shared = _shared_cost(z, m, log_sum, even if w is None else w * even, v)
             cost = _weighted(1 - alpha, cost) + shared
     if zeta is not None:
         squared = jnp.square(m[..., 0] + log_sum)
@@ -333,11 +329,11 @@ def _even(exists, classes, dtype):
     return exists / jnp.maximum(jnp.sum(exists, axis=-1, keepdims=True), 1)
 
 
-def _shared_cost(z, m, log_sum, share, v):
-    """Σ_k share_k (−ln a_k). Its gradient a_j Σ_k share_k − share_j has nothing to lose."""
-    nothing = share == 0 if v is None else (share == 0) | (v == 0)[..., None]
+def _shared_cost(z, m, log_sum, even, v):
+    """Σ_k c_k (−ln a_k) for the even part c of the target. Its gradient has nothing to lose."""
+    nothing = even == 0 if v is None else (even == 0) | (v == 0)[..., None]
     surprise = log_sum[..., None] + (m - z.astype(m.dtype))
-    return jnp.sum(share * jnp.where(nothing & (z == -jnp.inf), 0, surprise), axis=-1)
+    return jnp.sum(even * jnp.where(nothing & (z == -jnp.inf), 0, surprise), axis=-1)
 
 
 def _unless_zero(number):
@@ -371,7 +367,7 @@ def log_likelihood_gradient(sums: RowSums, labels: Array) -> Float[Array, "*batc
 #             = (m − z_y) + ln (o + e_y)  where it does not, and e_y may be too small to divide by.
 # Neither needs m to be the maximum to the last digit: the compiler may round the logits otherwise there.
 @jax.custom_vjp
-def _label_cost(logits, maximum, labels, broken):  # noqa: ARG001
+def _label_cost(logits, maximum, labels):
     index = labels[..., None]
     others = sum_of_other_exponentials(logits, maximum, index)
     return _from_label(logits, maximum, index, others)[:2]
@@ -386,12 +382,12 @@ class _LabelResiduals(NamedTuple):
     index: Array
 
 
-def _label_cost_fwd(logits, maximum, labels, broken):
+def _label_cost_fwd(logits, maximum, labels):
     index = labels[..., None]
-    if broken is not None:
-        logits = jnp.where(broken, 0, logits)
     if logits.dtype == maximum.dtype:
         roots = jnp.where(is_class(logits, index), 0, lifted_roots(logits, maximum))
+        # A barrier, or the compiler may take the exponentials twice: for the sum and for the gradient.
+        roots = jax.lax.optimization_barrier(roots)
         others = reduce_rows(jnp.sum, lambda roots, _: jnp.square(roots), roots) / LIFT**2
         kept = None, roots
     else:
@@ -406,7 +402,7 @@ def _label_cost_fwd(logits, maximum, labels, broken):
 def _label_cost_bwd(residuals, cotangents):
     logits, roots, maximum, own, others, index = residuals
     d_cost, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
-    at_label = (d_log_sum * own - d_cost * others) / (others + own)
+    at_label = d_log_sum * share(own, others) - d_cost * share(others, own)
     at_others = (d_cost + d_log_sum) / (others + own)
     if roots is None:
         narrow, maximum, _ = apart(logits, maximum, others)
@@ -415,9 +411,9 @@ def _label_cost_bwd(residuals, cotangents):
         exponentials = jnp.square(roots / LIFT)
     gradient = jnp.where(is_class(exponentials, index), at_label, at_others * exponentials)
     # A row that nobody counts has cotangents 0, whatever it holds: select, since 0 · NaN is NaN.
-    ignored = (d_cost == 0) & (d_log_sum == 0) & ~jnp.isfinite(others)
+    ignored = (d_cost == 0) & (d_log_sum == 0) & ~_is_positive(others + own)
     gradient = jnp.where(ignored, 0, gradient)
-    return gradient if logits is None else gradient.astype(logits.dtype), None, None, None
+    return gradient if logits is None else gradient.astype(logits.dtype), None, None
 
 
 _label_cost.defvjp(_label_cost_fwd, _label_cost_bwd)
@@ -433,14 +429,19 @@ def _from_label(logits, maximum, index, others):
     log_sum = jnp.log(others + own)
     cost = jnp.where(leads, leading, log_sum - ahead)
     # Where every class has logit −inf there is no distribution, and the label is impossible.
-    cost = jnp.where((index >= 0) & (maximum == -jnp.inf), jnp.inf, cost)
+    cost = jnp.where(others + own == 0, jnp.inf, cost)
     return cost[..., 0], jnp.where(leads, leading + ahead, log_sum)[..., 0], own, others
+
+
+def _is_positive(total):
+    """Whether a sum of exponentials makes a distribution."""
+    return (total > 0) & jnp.isfinite(total)
 
 
 # The same for targets t, one for each class.
 @jax.custom_vjp
-def _target_cost(logits, maximum, targets, broken):  # noqa: ARG001
-    return _target_cost_fwd(logits, maximum, targets, None)[0]
+def _target_cost(logits, targets):
+    return _target_cost_fwd(logits, targets)[0]
 
 
 class _TargetResiduals(NamedTuple):
@@ -450,15 +451,12 @@ class _TargetResiduals(NamedTuple):
     targets: Array
 
 
-def _target_cost_fwd(logits, maximum, targets, broken):
-    if broken is not None:
-        logits = jnp.where(broken, 0, logits)
+def _target_cost_fwd(logits, targets):
     sums = row_sums(logits)
     cost = jnp.sum(targets * _surprise(sums, logits, targets), axis=-1)
-    impossible = (jnp.sum(targets, axis=-1) > 0) & (sums.maximum[..., 0] == -jnp.inf)
+    impossible = (jnp.sum(targets, axis=-1) > 0) & (sums.rest + sums.own == 0)[..., 0]
     cost = jnp.where(impossible, jnp.inf, cost)
-    log_sum = (sums.maximum - maximum) + jnp.log1p(sums.rest)
-    return (cost, log_sum[..., 0]), _TargetResiduals(sums, cost, logits, targets)
+    return (cost, sums.log_sum[..., 0]), _TargetResiduals(sums, cost, logits, targets)
 
 
 # C = −Σ_k t_k ln a_k with ∂ ln a_k/∂z_j = δ_jk − a_j, so
@@ -470,10 +468,11 @@ def _target_cost_fwd(logits, maximum, targets, broken):
 def _target_cost_bwd(residuals, cotangents):
     sums, cost, logits, targets = residuals
     d_cost, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
-    ignored = (d_cost == 0) & (d_log_sum == 0) & ~jnp.isfinite(cost[..., None] + sums.rest)
+    sound = jnp.isfinite(cost)[..., None] & _is_positive(sums.rest + sums.own)
+    ignored = (d_cost == 0) & (d_log_sum == 0) & ~sound
     gradient = d_cost * log_likelihood_gradient(sums, targets) + d_log_sum * sums.probabilities
     d_targets = d_cost * _surprise(sums, logits, targets)
-    return jnp.where(ignored, 0, gradient), None, jnp.where(ignored, 0, d_targets), None
+    return jnp.where(ignored, 0, gradient), jnp.where(ignored, 0, d_targets)
 
 
 _target_cost.defvjp(_target_cost_fwd, _target_cost_bwd)

@@ -324,7 +324,7 @@ def _statistics(plan, layer, rows):
         z, _ = _capped(plan, _linear(layer, rows.features), layer)
         sums = row_sums(z)
         entropy = jnp.sum(sums.probabilities * jnp.where(z == -jnp.inf, 0, sums.surprises(z)), axis=-1)
-        log_normalizer = (sums.maximum + jnp.log1p(sums.rest))[:, 0]
+        log_normalizer = (sums.maximum + sums.log_sum)[:, 0]
         label = None if rows.labels is None else -example_costs(z, rows.labels, None, layer.options, None)
         prediction = jnp.argmax(z, axis=-1).astype(jnp.int32)
         return None, HeadStatistics(log_normalizer, prediction, entropy, label)

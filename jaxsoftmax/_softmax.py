@@ -106,59 +106,90 @@ def softmax_jacobian(logits: FloatArray) -> Float[Array, "..."]:
 class RowSums(NamedTuple):
     """The sums over each row of logits z from which everything exact is made.
 
-    With m = max_k z_k and e_k = exp(z_k − m), the e_k add up to 1 + r: the winner's own 1 and the
-    *rest* r, which is summed without the 1. So nothing is lost when r is far below 1, and
-        a_k = e_k / (1 + r),    1 − a_k = (r + (1 − e_k)) / (1 + r),    −ln a_k = (m − z_k) + log1p(r)
-    are sums, products and quotients of non-negative numbers, for the winner as for every other class.
-    The winner is told by its number, and its e_k is 1 and its m − z_k 0 by definition: a compiler may
-    compute the same logits several times and round them differently.
+    With m = max_k z_k and e_k = exp(z_k − m), let w be a winner and r = Σ_{k≠w} e_k the *rest*, summed
+    without it. Nothing is lost when r is far below e_w = 1, since
+        a_k = e_k / (r + e_w),    1 − a_w = r / (r + e_w),    −ln a_w = ln (1 + r / e_w)
+    are sums, products and quotients of non-negative numbers. The winner is told by its number, and its
+    e_w need not come out as 1: a compiler may compute the same logits several times and round them
+    differently.
     """
 
     winner: Integer[Array, "*batch 1"]
     maximum: Float[Array, "*batch 1"]  # m
     exponentials: Float[Array, "*batch classes"]  # e_k
+    own: Float[Array, "*batch 1"]  # e_w
     rest: Float[Array, "*batch 1"]  # r
 
     @property
     def probabilities(self) -> Float[Array, "*batch classes"]:
         """a_k."""
-        return self.exponentials / (1 + self.rest)
+        return share(self.exponentials, self._others)
 
     @property
     def complements(self) -> Float[Array, "*batch classes"]:
         """1 − a_k."""
-        return (self.rest + (1 - self.exponentials)) / (1 + self.rest)
+        return share(self._others, self.exponentials)
+
+    @property
+    def log_sum(self) -> Float[Array, "*batch 1"]:
+        """The logarithm of Σ_k e_k."""
+        return jnp.log(self.rest + self.own)
 
     def surprises(self, logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
         """−ln a_k."""
-        behind = jnp.where(is_class(logits, self.winner), 0, self.maximum - logits)
-        return behind + jnp.log1p(self.rest)
+        winning = is_class(logits, self.winner)
+        return jnp.where(winning, jnp.log1p(self.rest / self.own), (self.maximum - logits) + self.log_sum)
+
+    @property
+    def _others(self):
+        """Σ_{j≠k} e_j for each class k."""
+        rest_without = self.rest + (self.own - self.exponentials)
+        return jnp.where(is_class(self.exponentials, self.winner), self.rest, rest_without)
 
 
 def row_sums(logits: Float[Array, "*batch classes"]) -> RowSums:
     """The row sums of the logits, exact for every class; NaN where there is no distribution."""
-    winner = _first_largest(logits)
     maximum = row_maximum(logits)
-    finite = jnp.isfinite(maximum)
-    maximum = jnp.where(finite, pick(logits, winner), maximum)
-    exponentials = jnp.where(is_class(logits, winner), 1, jnp.exp(logits - maximum))
-    rest = jnp.where(finite, sum_of_other_exponentials(logits, maximum, winner), jnp.nan)
-    return RowSums(winner, maximum, exponentials, rest)
+    winner = _first_largest(logits)
+    own = jnp.exp(pick(logits, winner) - maximum)
+    exponentials = jnp.where(is_class(logits, winner), own, jnp.exp(logits - maximum))
+    rest = sum_of_other_exponentials(logits, maximum, winner)
+    return RowSums(winner, maximum, exponentials, own, rest)
+
+
+@jax.custom_jvp
+def share(part: Array, others: Array) -> Array:
+    """The part's share of part + others."""
+    return part / (part + others)
+
+
+@share.defjvp
+def _share_jvp(primals, tangents):
+    # Plain autodiff would subtract part / s² from 1 / s, and lose the share of others far smaller.
+    (part, others), (d_part, d_others) = primals, tangents
+    total = part + others
+    tangent = (others / total) * (d_part / total) - (part / total) * (d_others / total)
+    return share(part, others), tangent
 
 
 def row_maximum(logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch 1"]:
-    """The maximum of each row, in float32 or wider, held fixed: no cost changes with it."""
+    """The maximum of each row, in float32 or wider, held fixed: no cost changes with it.
+
+    It is 0 where all logits are −inf, so that they differ from it. It may pass over NaN, as XLA on the
+    CPU does in long rows; sums do not.
+    """
     dtype = arithmetic_dtype(logits.dtype)
-    return reduce_rows(jnp.max, lambda z, _: z.astype(dtype), jax.lax.stop_gradient(logits))
+    maximum = reduce_rows(jnp.max, lambda z, _: z.astype(dtype), jax.lax.stop_gradient(logits))
+    return jnp.where(maximum == -jnp.inf, 0, maximum)
 
 
-# Exponentials are summed 2⁶⁴ times as large, as squares of their roots: in float32 an e_k 87 nats below
+# Exponentials are summed 2³² times as large, as squares of their roots: in float32 an e_k 87 nats below
 # the maximum is 0, but 70,000 of them can add up to what costs and gradients still hold.
-LIFT = 2.0**32
+LIFT = 2.0**16
 
 
 def lifted_roots(logits: Float[Array, "*batch classes"], maximum: Float[Array, "*#batch 1"]) -> Array:
-    """The roots of the exponentials, 2³² times as large, in the maximum's dtype."""
+    """The roots of the exponentials, 2¹⁶ times as large, in the maximum's dtype."""
     return LIFT * jnp.exp((logits.astype(maximum.dtype) - maximum) / 2)
 
 
@@ -169,12 +200,10 @@ def sum_of_other_exponentials(
 ) -> Float[Array, "*batch 1"]:
     """Σ e_k over the classes of each row but the one at `index`."""
 
-    def terms(z, first, m, index):
-        # No root is above 2³², so the smaller of it and a multiple of the distance leaves one out.
-        distance = _distance(z, index - first, m.dtype)
-        return jnp.square(jnp.minimum(lifted_roots(z, m), 2 * LIFT * distance))
+    def squares(z, first, m, index):
+        return jnp.square(_leave_out(lifted_roots(z, m), index - first))
 
-    return reduce_rows(jnp.sum, terms, logits, maximum, index) / LIFT**2
+    return reduce_rows(jnp.sum, squares, logits, maximum, index) / LIFT**2
 
 
 def pick(
@@ -233,17 +262,18 @@ def _first_largest(values):
     numbers = jnp.arange(values.shape[-1], dtype=values.dtype)
     maximum = jnp.max(values, axis=-1, keepdims=True)
     # The compiler may have rounded the values otherwise here than for the maximum.
-    behind = (maximum - values) - 4 * limits.eps * jnp.abs(maximum)
+    behind = (maximum - values) - jnp.minimum(4 * limits.eps * jnp.abs(maximum), 1)
     # 0 for the largest, huge elsewhere: twice, so that the smallest difference there is becomes huge.
     behind = jnp.minimum(jnp.maximum(behind, 0) * limits.max, 1) * limits.max
     first = jnp.min(numbers + behind, axis=-1, keepdims=True)
-    # Where NaN or infinity leaves no class the largest, any will do.
+    # Where none is found, for NaN or infinity, any will do.
     return jnp.minimum(first, values.shape[-1] - 1).astype(jnp.int32)
 
 
-def _distance(values, index, dtype):
-    """|k − index| for each class k."""
-    return jnp.abs(jnp.arange(values.shape[-1], dtype=dtype) - index.astype(dtype))
+def _leave_out(values, index):
+    """The values, but 0 for the class of each row at `index`; NaN stays NaN even there."""
+    distance = jnp.abs(jnp.arange(values.shape[-1], dtype=values.dtype) - index.astype(values.dtype))
+    return values * jnp.minimum(distance, 1)
 
 
 def _block(classes):
@@ -284,12 +314,7 @@ def pull_back_log_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes
 def sum_of_others(values: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
     """Σ_{k≠j} v_k for each class j, which Σ_k v_k − v_j would lose where v_j is nearly all of it."""
     largest = _first_largest(jnp.abs(values))
-    rest = reduce_rows(
-        jnp.sum,
-        lambda v, first, index: v * jnp.minimum(_distance(v, index - first, v.dtype), 1),
-        values,
-        largest,
-    )
+    rest = reduce_rows(jnp.sum, lambda v, first, index: _leave_out(v, index - first), values, largest)
     # All others but the largest, and the largest where the class is another.
     return jnp.where(is_class(values, largest), rest, (rest - values) + pick(values, largest))
 

@@ -187,18 +187,47 @@ def test_an_example_of_weight_zero_counts_for_nothing(cost, soft, jit):
         assert_close(leaf[jnp.array([1, 2, 3, 4])], np.zeros((4, 4)), ulps=0)
 
 
+@pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("soft", [False, True])
-def test_second_derivatives_pass_a_broken_example_of_weight_zero(soft):
-    z = jnp.array([[1.0, 2.0, 0.5], [jnp.nan, 0.0, 1.0], [jnp.inf, 0.0, 1.0]])
-    labels = random_targets((3, 3), jnp.float32) if soft else jnp.array([1, -100, 2])
-    weight = jnp.array([1.0, 0.0, 0.0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_long_rows_of_weight_zero_may_hold_nan_at_the_label(cost, soft, dtype):
+    for shape in ((3, 4096), (8, 1000)):
+        labels = jax.nn.one_hot(jnp.full(shape[0], 7), shape[1]) if soft else jnp.full(shape[0], 7)
+        z = random_logits(shape, 1, dtype)
+        weight = jnp.ones(shape[0]).at[1].set(0)
+        options = {"z_loss": 0.1, "label_smoothing": 0.1} if cost is js.log_likelihood_cost else {}
+        function = jax.value_and_grad(lambda z: cost(z, labels, sample_weight=weight, **options))  # noqa: B023
+        for wrap in (lambda f: f, jax.jit):
+            expected = wrap(function)(z)
+            for broken in (z.at[1, 7].set(jnp.nan), z.at[1].set(jnp.nan), z.at[1].set(-jnp.inf)):
+                value, gradient = wrap(function)(broken)
+                assert_close(value, expected[0], ulps=4)
+                assert_close(gradient, expected[1].at[1].set(0), ulps=1)
 
-    def cost(z, labels, weight):
-        return js.log_likelihood_cost(z, labels, sample_weight=weight, label_smoothing=0.1, z_loss=0.1)
 
-    hessian = jax.hessian(cost)(z, labels, weight)
-    assert_close(hessian[0, :, 0], jax.hessian(cost)(z[:1], labels[:1], weight[:1])[0, :, 0], ulps=4)
-    assert_close(hessian[1:], np.zeros((2, 3, 3, 3)), ulps=0)
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("behind", [-30.0, 0.0, 17.0, 60.0])
+def test_second_derivatives_by_the_label_are_exact(classes, soft, behind):
+    z = np.linspace(0, 1, classes).astype(np.float32)
+    z[1] -= np.float32(behind)
+    label = jnp.array([0.0, 1.0, *[0.0] * (classes - 2)]) if soft else jnp.array(1)
+    for hessian in (jax.hessian, lambda f: jax.jacrev(jax.jacrev(f))):
+        row = hessian(lambda z: js.log_likelihood_cost(z, label))(jnp.asarray(z))[1]
+        assert_relative(row, oracle.softmax_jacobian(z.astype(np.float64))[1], eps_multiple=16)
+
+
+def test_logits_so_large_that_neighbours_are_far_apart():
+    for z in ([1e7, 1e7 + 4], [-1e9, -1e9 + 64, -1e9 + 128], [3e38, 3e38, 1.0]):
+        z = jnp.array(z, jnp.float32)
+        exact = np.asarray(z, np.float64)
+        assert_relative(js.softmax(z), oracle.softmax(exact), eps_multiple=8)
+        assert_relative(js.log_softmax(z), oracle.log_softmax(exact), eps_multiple=8)
+        first = np.eye(len(z))[0]
+        for labels in (jnp.array(0), jnp.asarray(first, jnp.float32)):
+            cost, gradient = jax.value_and_grad(js.log_likelihood_cost)(z, labels)
+            assert_relative(cost, oracle.log_likelihood(exact, first), eps_multiple=8)
+            assert_relative(gradient, oracle.log_likelihood_vjp(exact, first, np.ones(1)), eps_multiple=8)
 
 
 @pytest.mark.parametrize("cost", COSTS)
