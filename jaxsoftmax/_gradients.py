@@ -132,7 +132,7 @@ class GradientRow(NamedTuple):
     reference_nonfinite: int
     as_close: float  # Ulps up to which custom counts as close to float64 as the reference is.
 
-    def is_right(self, ulps: float | None = None) -> bool:
+    def is_right(self, ulps: float | int | None = None) -> bool:
         """Whether the custom result is right; see `compare_gradients` for the rule."""
         if ulps is None:
             ulps = 4 if jnp.finfo(self.dtype).bits < 32 else 32
@@ -288,7 +288,7 @@ def compare_gradients(
     def both(f):
         with jax.enable_x64(precision == "float64"), jax.numpy_dtype_promotion("standard"):
             wide = results(f, jnp.dtype(precision))
-        return results(f), wide
+        return wide if all(x.dtype == precision for x in floats) else results(f), wide
 
     plain = without_custom_rules(function)
     custom = outputs + pull_back(cotangents)[0]

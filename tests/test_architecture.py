@@ -26,7 +26,9 @@ def imported(name):
 
 
 def test_every_module_has_its_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, *ALONE}
+    # `__main__` uses the public names like any program.
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, *ALONE, "__main__"}
+    assert set(imported("__main__")) == {"jaxsoftmax"}
 
 
 @pytest.mark.parametrize("name", [*ORDER, *ALONE])

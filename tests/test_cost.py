@@ -78,13 +78,12 @@ def test_many_classes_are_as_exact(classes, one_hot, dtype):
             assert_relative(gradient, exact_gradient, eps_multiple=8)
 
 
-@pytest.mark.parametrize("odds", [-80.0, 80.0])
-def test_classes_that_are_nothing_alone_add_up(odds):
+def test_classes_that_are_nothing_alone_add_up():
     # Log-odds of the label against all others together: each e_k is below what float32 can hold.
     classes, label = 70_000, 12_345
     logits = np.random.default_rng(6).normal(size=(2, classes)) * 3
     logits[:, label] = -np.inf
-    logits[:, label] = np.logaddexp.reduce(logits, axis=1) + odds
+    logits[:, label] = np.logaddexp.reduce(logits, axis=1) + [-80, 80]
     z, labels = jnp.asarray(logits, jnp.float32), jnp.full(2, label)
     cost, gradient = oracle.many_classes(np.asarray(z), label)
     for y in (labels, jax.nn.one_hot(labels, classes)):
@@ -189,32 +188,31 @@ def test_an_example_of_weight_zero_counts_for_nothing(cost, soft, jit):
 
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
-def test_long_rows_of_weight_zero_may_hold_nan_at_the_label(cost, soft, dtype):
-    for shape in ((3, 4096), (8, 1000)):
-        labels = jax.nn.one_hot(jnp.full(shape[0], 7), shape[1]) if soft else jnp.full(shape[0], 7)
-        z = random_logits(shape, 1, dtype)
-        weight = jnp.ones(shape[0]).at[1].set(0)
-        options = {"z_loss": 0.1, "label_smoothing": 0.1} if cost is js.log_likelihood_cost else {}
-        function = jax.value_and_grad(lambda z: cost(z, labels, sample_weight=weight, **options))  # noqa: B023
-        for wrap in (lambda f: f, jax.jit):
-            expected = wrap(function)(z)
-            for broken in (z.at[1, 7].set(jnp.nan), z.at[1].set(jnp.nan), z.at[1].set(-jnp.inf)):
-                value, gradient = wrap(function)(broken)
-                assert_close(value, expected[0], ulps=4)
-                assert_close(gradient, expected[1].at[1].set(0), ulps=1)
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 4096), jnp.float32), ((8, 1000), jnp.bfloat16)])
+def test_long_rows_of_weight_zero_may_hold_nan_at_the_label(cost, soft, shape, dtype):
+    labels = jax.nn.one_hot(jnp.full(shape[0], 7), shape[1]) if soft else jnp.full(shape[0], 7)
+    z = random_logits(shape, 1, dtype)
+    weight = jnp.ones(shape[0]).at[1].set(0)
+    options = {"z_loss": 0.1, "label_smoothing": 0.1} if cost is js.log_likelihood_cost else {}
+    function = jax.value_and_grad(lambda z: cost(z, labels, sample_weight=weight, **options))
+    for f in (function, jax.jit(function)):
+        expected = f(z)
+        for broken in (z.at[1, 7].set(jnp.nan), z.at[1].set(jnp.nan), z.at[1].set(-jnp.inf)):
+            value, gradient = f(broken)
+            assert_close(value, expected[0], ulps=4)
+            assert_close(gradient, expected[1].at[1].set(0), ulps=1)
 
 
-@pytest.mark.parametrize("classes", [2, 10])
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("behind", [-30.0, 0.0, 17.0, 60.0])
-def test_second_derivatives_by_the_label_are_exact(classes, soft, behind):
-    z = np.linspace(0, 1, classes).astype(np.float32)
-    z[1] -= np.float32(behind)
-    label = jnp.array([0.0, 1.0, *[0.0] * (classes - 2)]) if soft else jnp.array(1)
+def test_second_derivatives_by_the_label_are_exact(soft):
+    label = jnp.array([0.0, 1.0, *[0.0] * 8]) if soft else jnp.array(1)
     for hessian in (jax.hessian, lambda f: jax.jacrev(jax.jacrev(f))):
-        row = hessian(lambda z: js.log_likelihood_cost(z, label))(jnp.asarray(z))[1]
-        assert_relative(row, oracle.softmax_jacobian(z.astype(np.float64))[1], eps_multiple=16)
+        of_rows = jax.jit(hessian(lambda z: js.log_likelihood_cost(z, label)))
+        for behind in (-30.0, 0.0, 17.0, 60.0):
+            z = np.linspace(0, 1, 10).astype(np.float32)
+            z[1] -= np.float32(behind)
+            truth = oracle.softmax_jacobian(z.astype(np.float64))[1]
+            assert_relative(of_rows(jnp.asarray(z))[1], truth, eps_multiple=16)
 
 
 def test_logits_so_large_that_neighbours_are_far_apart():

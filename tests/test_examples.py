@@ -106,3 +106,13 @@ def test_softmax_collapse_stops_the_rounded_cost_alone(example, tmp_path):
     np.testing.assert_allclose(exact.cost, exact.true_cost, rtol=0.05)
     assert exact.true_cost[-1] < 1e-9
     assert rounded.true_cost[-1] > 100 * exact.true_cost[-1]
+
+
+def test_compare_gradients_finds_the_wrong_rule(example, capsys):
+    found = example("compare_gradients").main()
+    assert [name for name, each in found.items() if not all(row.is_right() for row in each.rows)] == [
+        "the root for a constant"
+    ]
+    assert len(found) == 4
+    assert [row.is_right() for row in found["the root for a constant"].rows] == [True, False, True]
+    assert "state['hidden']['kernel']" in capsys.readouterr().out
