@@ -1,6 +1,7 @@
 """One contract, run over every differentiable function of logits."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -71,6 +72,12 @@ def cotangent_for(case, logits, seed=3):
     return jnp.asarray(np.random.default_rng(seed).normal(size=out.shape), out.dtype)
 
 
+@partial(jax.jit, static_argnums=0)
+def value_and_gradient(case, logits, cotangent):
+    value, pull_back = jax.vjp(case.function, logits)
+    return value, pull_back(cotangent)[0]
+
+
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
 @pytest.mark.parametrize("scale", SCALES)
 def test_value_and_vjp_are_the_oracles(case, scale, dtype):
@@ -78,9 +85,8 @@ def test_value_and_vjp_are_the_oracles(case, scale, dtype):
         with jax.enable_x64(dtype == jnp.float64):
             logits = random_logits(shape, scale, dtype)
             exact_logits = np.asarray(logits, np.float64)
-            value, pull_back = jax.vjp(case.function, logits)
             cotangent = cotangent_for(case, logits)
-            (gradient,) = pull_back(cotangent)
+            value, gradient = value_and_gradient(case, logits, cotangent)
         narrow = dtype in (jnp.bfloat16, jnp.float16)
         # A narrow result is the float32 one rounded once. The bound on log_softmax at 1e4 nats is
         # half an ulp of its own, so 8 leave room for the sums.
@@ -136,9 +142,9 @@ def test_second_derivatives_are_those_of_plain_autodiff(case):
             return jnp.sum(function(z) * cotangent.astype(function(z).dtype))
 
         plain = js.without_custom_rules(case.function)
-        expected = jax.hessian(lambda z: scalar(plain, z))(logits)
-        over_reverse = jax.hessian(lambda z: scalar(case.function, z))(logits)
-        reverse_over = jax.jacrev(jax.jacrev(lambda z: scalar(case.function, z)))(logits)
+        expected = jax.jit(jax.hessian(lambda z: scalar(plain, z)))(logits)
+        over_reverse = jax.jit(jax.hessian(lambda z: scalar(case.function, z)))(logits)
+        reverse_over = jax.jit(jax.jacrev(jax.jacrev(lambda z: scalar(case.function, z))))(logits)
         assert_close(over_reverse, expected, ulps=64)
         assert_close(reverse_over, expected, ulps=64)
 
@@ -151,16 +157,10 @@ def test_a_broken_row_stays_alone(case, classes, dtype):
     logits = random_logits((8, classes), 1, dtype)
     rows = jnp.array([0, 7])
     cotangent = cotangent_for(case, logits)
-
-    def value_and_gradient(logits):
-        value, pull_back = jax.vjp(case.function, logits)
-        return value, pull_back(cotangent)[0]
-
-    sound = jax.jit(value_and_gradient)(logits)
+    sound = value_and_gradient(case, logits, cotangent)
     broken = logits.at[1, 0].set(jnp.nan).at[2, 3].set(jnp.inf).at[3, classes // 2].set(jnp.nan)
     broken = broken.at[4, -1].set(jnp.nan).at[5].set(jnp.nan).at[6, -1].set(jnp.inf)
-    for wrap in (lambda f: f, jax.jit):
-        value, gradient = wrap(value_and_gradient)(broken)
-        assert_close((value[rows], gradient[rows]), (sound[0][rows], sound[1][rows]), ulps=1)
-        for each in (value, gradient, wrap(case.function)(broken)):
-            assert np.isnan(each[1:7]).all()
+    value, gradient = value_and_gradient(case, broken, cotangent)
+    assert_close((value[rows], gradient[rows]), (sound[0][rows], sound[1][rows]), ulps=1)
+    for each in (value, gradient, case.function(broken), jax.jit(case.function)(broken)):
+        assert np.isnan(each[1:7]).all()

@@ -83,7 +83,7 @@ def test_classes_that_are_nothing_alone_add_up():
     classes, label = 70_000, 12_345
     logits = np.random.default_rng(6).normal(size=(2, classes)) * 3
     logits[:, label] = -np.inf
-    logits[:, label] = np.logaddexp.reduce(logits, axis=1) + [-80, 80]
+    logits[:, label] = np.logaddexp.reduce(logits, axis=1) + np.array([-80, 80])
     z, labels = jnp.asarray(logits, jnp.float32), jnp.full(2, label)
     cost, gradient = oracle.many_classes(np.asarray(z), label)
     for y in (labels, jax.nn.one_hot(labels, classes)):
