@@ -231,9 +231,8 @@ def example_costs(
     w, alpha, zeta = options
     m = row_maximum(z)
     labels = _as_targets(labels, v, m.dtype)
-    even = None if alpha is None else alpha * _even(exists, z.shape[-1], m.dtype)
     if _is_probability(labels):
-        q = labels if even is None else (1 - alpha) * labels + even
+        q = labels if alpha is None else (1 - alpha) * labels + alpha * _even(exists, m, z.shape[-1])
         cost, log_sum = _target_cost(z.astype(m.dtype), q if w is None else w * q)
     else:
         cost, log_sum = _label_cost(z, m, labels)
@@ -244,7 +243,8 @@ def example_costs(
     class_weight = None if w is None else _class_weight(labels, w)
     if not _is_probability(labels):
         cost = cost if w is None else _weighted(class_weight, cost)
-        if even is not None:
+        if alpha is not None:
+            even = alpha * _even(exists, m, z.shape[-1])
             shared = _shared_cost(z, m, log_sum, even if w is None else w * even, v)
             cost = _weighted(1 - alpha, cost) + shared
     if zeta is not None:
@@ -321,11 +321,11 @@ def reduced(
     return jnp.where(weight == 0, 0, jnp.sum(cost) / jnp.where(weight == 0, 1, weight))
 
 
-def _even(exists, classes, dtype):
-    """The even distribution: 1/K for each class that exists, 0 for the others."""
+def _even(exists, like, classes):
+    """The even distribution: 1/K for each class that exists, 0 for the others, in the dtype of `like`."""
     if exists is None:
-        return jnp.full(classes, 1 / classes, dtype)
-    exists = exists.astype(dtype)
+        return jnp.full(classes, 1 / classes, like.dtype)
+    exists = exists.astype(like.dtype)
     return exists / jnp.maximum(jnp.sum(exists, axis=-1, keepdims=True), 1)
 
 
@@ -379,7 +379,7 @@ class _LabelResiduals(NamedTuple):
     maximum: Array  # m
     own: Array  # e_y
     others: Array  # o
-    index: Array
+    label: Array
 
 
 def _label_cost_fwd(logits, maximum, labels):

@@ -295,7 +295,7 @@ def compare_gradients(
     beside, truths = both(reference or plain)
     noise = 32 * float(np.finfo(precision).eps) * max(1, *map(_largest, [*floats, *cotangents]))
     if reference is not None and (own := _if_differentiable(both, plain)):
-        truths = [_with_digits(*four, noise) for four in zip(beside, truths, *own, strict=True)]
+        truths = [_with_digits(*runs, noise) for runs in zip(beside, truths, own[0], own[1], strict=True)]
 
     paths = [*output_paths, *(paths[i] for i in at)]
     kinds = ["value"] * len(outputs) + ["gradient"] * len(floats)

@@ -235,14 +235,14 @@ def reduce_rows(
     *batch, classes = values.shape
     block = 0 if is_sharded(values) else _block(classes)
     if not block:
-        values, *columns = apart(values, *columns)
-        return reduce(terms(values, 0, *columns), axis=-1, keepdims=True)
+        row, *given = apart(values, *columns)
+        return reduce(terms(row, 0, *given), axis=-1, keepdims=True)
     first = block * jnp.arange(classes // block, dtype=jnp.int32)[:, None]
     parts = (values.reshape(*batch, classes // block, block), *(c[..., None] for c in columns))
     # Without the barriers the compiler would apply elementwise terms before the reshape, and make one
     # reduction of the two: each runs several times as long.
-    values, *columns = jax.lax.optimization_barrier(parts)
-    partial = reduce(terms(values, first, *columns), axis=-1)
+    part, *given = jax.lax.optimization_barrier(parts)
+    partial = reduce(terms(part, first, *given), axis=-1)
     return reduce(jax.lax.optimization_barrier(partial), axis=-1, keepdims=True)
 
 
