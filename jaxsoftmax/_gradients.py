@@ -294,19 +294,23 @@ def compare_gradients(
     custom = outputs + pull_back(cotangents)[0]
     beside, truths = both(reference or plain)
     noise = 32 * float(np.finfo(precision).eps) * max(1, *map(_largest, [*floats, *cotangents]))
-    if reference is not None and (own := _if_differentiable(both, plain)):
-        truths = [_with_digits(*runs, noise) for runs in zip(beside, truths, own[0], own[1], strict=True)]
+    if reference is not None and (plain_runs := _if_differentiable(both, plain)):
+        truths = [
+            _with_digits(narrow, wide, own_narrow, own_wide, noise)
+            for narrow, wide, own_narrow, own_wide in zip(beside, truths, *plain_runs, strict=True)
+        ]
 
     paths = [*output_paths, *(paths[i] for i in at)]
     kinds = ["value"] * len(outputs) + ["gradient"] * len(floats)
     overall = max(map(_largest, truths[len(outputs) :]))
     rows, arrays = [], []
-    for path, kind, like, result, *others in zip(
+    for path, kind, like, result, other, truth in zip(
         paths, kinds, outputs + floats, custom, beside, truths, strict=True
     ):
-        arrays.append((np.asarray(result, np.float64), *others))
-        scale = overall if kind == "gradient" else _largest(arrays[-1][2])
-        rows.append(_row(path, kind, like.dtype, result.dtype, *arrays[-1], scale))
+        own = np.asarray(result, np.float64)
+        scale = overall if kind == "gradient" else _largest(truth)
+        rows.append(_row(path, kind, like.dtype, result.dtype, own, other, truth, scale))
+        arrays.append((own, other, truth))
     return GradientComparison(tuple(rows), tuple(skipped), tuple(arrays))
 
 
