@@ -86,7 +86,8 @@ NESTS = {
     "custom_jvp rule in scan": lambda x: (
         jax.lax.scan(lambda c, _: (by_doubled(c) / 2, c), x, length=2)[0] * 2
     ),
-    "custom_vmap": lambda x: jax.vmap(batched)(x),
+    "custom_vmap": batched,
+    "vmap of custom_vmap": lambda x: jax.vmap(batched)(x),
     "shard_map": jax.shard_map(doubled, mesh=MESH, in_specs=SPEC, out_specs=SPEC),
     "shard_map in jit": jax.jit(
         jax.shard_map(doubled, mesh=MESH, in_specs=SPEC, out_specs=SPEC, check_vma=False)
@@ -438,3 +439,22 @@ def test_the_table_says_which_of_two_is_right(confidence):
     assert not any(row.is_right() for row in other_way.rows)
     # Taken from the exact value, plain autodiff is right as well.
     js.compare_gradients(js.log_likelihood_cost, logits, labels).assert_close(ulps=8)
+
+
+def test_a_reference_without_digits_excuses_nothing():
+    logits = jnp.array([[40.0, 0.0, 0.0]])
+
+    def textbook(logits):
+        return -jax.nn.log_softmax(logits)[0, 0]
+
+    def exact(logits):
+        return js.log_likelihood_cost(logits, jnp.array([0]))
+
+    @jax.custom_vjp
+    def off(logits):
+        return exact(logits)
+
+    off.defvjp(lambda z: jax.value_and_grad(exact)(z), lambda gradient, c: (1.01 * c * gradient,))
+    js.compare_gradients(exact, logits, reference=textbook).assert_close()
+    with pytest.raises(AssertionError, match="wrong in gradient of logits:"):
+        js.compare_gradients(off, logits, reference=textbook).assert_close()
