@@ -29,8 +29,9 @@ def without_custom_rules(function: Callable[..., Any], jvp: bool = False) -> Cal
 
     Returns:
         A function of the same arguments and results. It is traced anew at every call; put `jax.jit`
-        around it to trace once. A rule that a derivative inside `function` has already used is no
-        longer there to be removed.
+        around it to trace once. Like all that is traced, `function` must have no side effects. A rule
+        that a derivative inside it, or inside a rule, has already used (as in `jax.lax.custom_root`) is
+        no longer there to be removed.
 
     Raises:
         TypeError: From the returned function, if a result is not an array.
@@ -143,7 +144,7 @@ class GradientComparison(NamedTuple):
     """What `compare_gradients` found: `rows` as plain data, `str()` as a table."""
 
     rows: tuple[GradientRow, ...]
-    skipped: tuple[str, ...]  # Arguments that have no gradient, with their dtypes.
+    skipped: tuple[str, ...]  # Arguments and outputs that are no real floating-point arrays.
     arrays: tuple[
         tuple[np.ndarray, np.ndarray, np.ndarray], ...
     ]  # Custom, reference, float64 of each row.
@@ -168,7 +169,7 @@ class GradientComparison(NamedTuple):
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in (header, *lines)
         ]
-        return "\n".join(table + [f"no gradient: {', '.join(self.skipped)}"] * bool(self.skipped))
+        return "\n".join(table + [f"not compared: {', '.join(self.skipped)}"] * bool(self.skipped))
 
     def assert_close(self, ulps: float | int | None = None) -> None:
         """Raises `AssertionError` with the table if a custom value or gradient is wrong.
@@ -214,13 +215,16 @@ def compare_gradients(
     the leaf's largest entry: an error of rounding grows with what is summed, not with the size of the
     array, so one wrong row fails among millions, and nothing that is right fails for being large. A
     reference that is itself far off excuses nothing: its error counts up to 1/256 of the largest entry of
-    all gradients (1/32 for bfloat16 and float16), so that a factor 1.01 fails. A gradient that is truly
-    0, as of a bias in front of a normalisation, may so be as small as the reference's noise.
+    all gradients (1/32 for bfloat16 and float16) and not at all if it is not finite, so that a factor
+    1.01 fails (1.07 in bfloat16). A gradient that is truly 0, as of a bias in front of a normalisation,
+    may so be as small as the reference's noise. A result that is the reference's to the last bit is
+    right whatever float64 says: no rule has changed it.
 
     Args:
         function: Returns any pytree of arrays; usually it uses `jax.custom_vjp`.
         *args: Its arguments, any pytrees. Gradients are taken for every floating-point array and
-            Python float among them; the rest is passed on, and named under the table.
+            Python float among them; the rest is passed on, and its arrays are named under the table, as
+            are outputs that are integer, bool or complex.
         reference: A function of the same meaning; `without_custom_rules(function)` if None. In float64
             it is the truth, but for entries below float64's rounding where it has lost its digits and
             plain autodiff of `function` has them.
@@ -257,59 +261,70 @@ def compare_gradients(
     at = [i for i, leaf in enumerate(leaves) if wanted[i] and _is_float(leaf)]
     if not at:
         raise ValueError("args must hold a floating-point array to differentiate in, found none")
-    skipped = [
-        f"{paths[i]} ({leaf.dtype})"
-        for i, leaf in enumerate(leaves)
-        if wanted[i] and _is_array(leaf) and i not in at
-    ]
     floats = [jnp.asarray(leaves[i]) for i in at]
+    first = (lambda f: lambda *args: f(*args)[0]) if has_aux else (lambda f: f)
+
+    def named_outputs(f, floats):
+        filled = list(leaves)
+        for i, leaf in zip(at, floats, strict=True):
+            filled[i] = leaf
+        outputs = jax.tree_util.tree_leaves_with_path(f(*jax.tree.unflatten(tree, filled)))
+        return {"output" + jax.tree_util.keystr(path): jnp.asarray(out) for path, out in outputs}
 
     def run(f, floats):
-        def of_floats(floats):
-            filled = list(leaves)
-            for i, leaf in zip(at, floats, strict=True):
-                filled[i] = leaf
-            outputs = f(*jax.tree.unflatten(tree, filled))
-            outputs = jax.tree_util.tree_leaves_with_path(outputs[0] if has_aux else outputs)
-            outputs = {path: jnp.asarray(out) for path, out in outputs if _is_float(out)}
-            return list(outputs.values()), ["output" + jax.tree_util.keystr(path) for path in outputs]
+        return jax.vjp(lambda x: list(filter(_is_float, named_outputs(f, x).values())), floats)
 
-        return jax.vjp(of_floats, floats, has_aux=True)
-
-    outputs, pull_back, output_paths = run(function, floats)
+    function, plain = first(function), without_custom_rules(first(function))
+    reference = first(reference) if reference else None
+    outputs, pull_back = run(function, floats)
     if not outputs:
         raise ValueError("function must return a floating-point array to differentiate, got none")
     cotangents = _cotangents(outputs, key)
 
     def results(f, dtype=None):
-        outputs, pull_back, _ = run(f, floats if dtype is None else [x.astype(dtype) for x in floats])
+        outputs, pull_back = run(f, floats if dtype is None else [x.astype(dtype) for x in floats])
         return [np.asarray(r, np.float64) for r in outputs + pull_back(_like(cotangents, outputs))[0]]
 
     def both(f):
-        with jax.enable_x64(precision == "float64"), jax.numpy_dtype_promotion("standard"):
-            wide = results(f, jnp.dtype(precision))
+        try:
+            with jax.enable_x64(precision == "float64"), jax.numpy_dtype_promotion("standard"):
+                wide = results(f, jnp.dtype(precision))
+        except Exception as error:
+            error.add_note(
+                f"compare_gradients met this in plain autodiff in {precision}: where that cannot run, "
+                "give it precision='float32', or a reference that can."
+            )
+            raise
         return wide if all(x.dtype == precision for x in floats) else results(f), wide
 
-    plain = without_custom_rules(function)
     custom = outputs + pull_back(cotangents)[0]
     beside, truths = both(reference or plain)
-    noise = 32 * float(np.finfo(precision).eps) * max(1, *map(_largest, [*floats, *cotangents]))
+    noise = 32 * float(np.finfo(precision).eps) * max(1, *map(_largest, cotangents))
     if reference is not None and (plain_runs := _if_differentiable(both, plain)):
         truths = [
             _with_digits(narrow, wide, own_narrow, own_wide, noise)
             for narrow, wide, own_narrow, own_wide in zip(beside, truths, *plain_runs, strict=True)
         ]
 
+    # What the outputs' dtypes must be is told by the function without its rules.
+    named = jax.eval_shape(lambda x: named_outputs(plain, x), floats)
+    output_paths = [path for path, out in named.items() if _is_float(out)]
+    dtypes = [named[path].dtype for path in output_paths] + [x.dtype for x in floats]
+    skipped = [
+        f"{paths[i]} ({leaf.dtype})"
+        for i, leaf in enumerate(leaves)
+        if wanted[i] and _is_array(leaf) and i not in at
+    ] + [f"{path} ({out.dtype})" for path, out in named.items() if not _is_float(out)]
     paths = [*output_paths, *(paths[i] for i in at)]
     kinds = ["value"] * len(outputs) + ["gradient"] * len(floats)
     overall = max(map(_largest, truths[len(outputs) :]))
     rows, arrays = [], []
-    for path, kind, like, result, other, truth in zip(
-        paths, kinds, outputs + floats, custom, beside, truths, strict=True
+    for path, kind, dtype, result, other, truth in zip(
+        paths, kinds, dtypes, custom, beside, truths, strict=True
     ):
         own = np.asarray(result, np.float64)
         scale = overall if kind == "gradient" else _largest(truth)
-        rows.append(_row(path, kind, like.dtype, result.dtype, own, other, truth, scale))
+        rows.append(_row(path, kind, dtype, result.dtype, own, other, truth, scale))
         arrays.append((own, other, truth))
     return GradientComparison(tuple(rows), tuple(skipped), tuple(arrays))
 
@@ -322,6 +337,8 @@ def _row(path, kind, dtype, custom_dtype, custom, reference, truth, scale) -> Gr
     difference = float(np.max(_distance(custom, reference), initial=0))
     worst = np.unravel_index(np.argmax(error), error.shape) if error.size else ()
     cap = scale * (2.0**-5 if limits.bits < 32 else 2.0**-8)
+    off = float(np.max(reference_error, initial=0))
+    as_close = 2 * min(off, cap) / ulp if math.isfinite(off) else 0.0
     return GradientRow(
         path=path,
         kind=kind,
@@ -338,10 +355,10 @@ def _row(path, kind, dtype, custom_dtype, custom, reference, truth, scale) -> Gr
         reference=float(reference[worst]) if custom.size else 0.0,
         truth=float(truth[worst]) if custom.size else 0.0,
         custom_ulps=float(np.max(error, initial=0)) / ulp,
-        reference_ulps=float(np.max(reference_error, initial=0)) / ulp,
+        reference_ulps=off / ulp,
         custom_nonfinite=int(np.sum(~np.isfinite(custom))),
         reference_nonfinite=int(np.sum(~np.isfinite(reference))),
-        as_close=2 * min(float(np.max(reference_error, initial=0)), cap) / ulp,
+        as_close=as_close if difference else math.inf,
     )
 
 
@@ -412,7 +429,7 @@ def _like(cotangents: list[Any], outputs: list[Any]) -> list[Any]:
 
 def _positions(argnums: int | Sequence[int], count: int) -> list[int]:
     """`argnums` counted from the front."""
-    numbers = [operator.index(n) for n in ([argnums] if isinstance(argnums, int) else argnums)]
+    numbers = [operator.index(n) for n in (argnums if isinstance(argnums, Sequence) else [argnums])]
     if not all(-count <= n < count for n in numbers):
         raise ValueError(f"argnums must be in [{-count}, {count}) for {count} arguments, got {argnums}")
     return [n % count for n in numbers]
@@ -430,7 +447,7 @@ def _argument_names(function: Callable[..., Any], count: int) -> list[str]:
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def _is_float(leaf: Any) -> bool:
