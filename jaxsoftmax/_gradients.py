@@ -203,7 +203,7 @@ def compare_gradients(
     function: Callable[..., Any],
     *args: Any,
     reference: Callable[..., Any] | None = None,
-    argnums: int | Sequence[int] | None = None,
+    argnums: int | np.integer | Sequence[int] | None = None,
     has_aux: bool = False,
     key: PRNGKeyArray | None = None,
     precision: Literal["float64", "float32"] = "float64",
@@ -427,7 +427,7 @@ def _like(cotangents: list[Any], outputs: list[Any]) -> list[Any]:
     return [c.astype(output.dtype) for c, output in zip(cotangents, outputs, strict=True)]
 
 
-def _positions(argnums: int | Sequence[int], count: int) -> list[int]:
+def _positions(argnums: int | np.integer | Sequence[int], count: int) -> list[int]:
     """`argnums` counted from the front."""
     numbers = [operator.index(n) for n in (argnums if isinstance(argnums, Sequence) else [argnums])]
     if not all(-count <= n < count for n in numbers):

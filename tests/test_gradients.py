@@ -499,7 +499,7 @@ def test_what_no_rule_has_changed_is_right():
     def cancels(x):
         return jax.nn.standardize(1000 + x), jnp.argmax(x), jnp.fft.fft(x)
 
-    comparison = unchecked(js.compare_gradients)(cancels, jnp.arange(4.0) / 3, argnums=np.int64(0))
+    comparison = js.compare_gradients(cancels, jnp.arange(4.0) / 3, argnums=np.int64(0))
     comparison.assert_close()
     assert comparison.skipped == ("output[1] (int32)", "output[2] (complex64)")
 
