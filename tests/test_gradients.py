@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import equinox as eqx
 import flax.nnx
@@ -223,7 +225,7 @@ TABLE = [
 ]
 TABLE += [(fault, "plain", rows, "float32") for fault in FAULTS for rows in ROWS[1:]]
 TABLE += [(fault, name, 3, "float32") for fault in FAULTS for name in CONSTRUCTS]
-TABLE += [("", name, 512, dtype) for name in CONSTRUCTS for dtype in ("bfloat16", "float64")]
+TABLE += [("", name, 512, "bfloat16") for name in CONSTRUCTS]
 TABLE += [("zeroed row", name, 512, "bfloat16") for name in CONSTRUCTS]
 
 
@@ -353,10 +355,10 @@ def test_libraries_that_know_nothing_of_it(key):
         assert len(comparison.rows) > 1
 
 
-def test_the_whole_package_is_right_on_this_device(capsys):
+def test_the_whole_package_is_right_on_this_device():
     # One dtype of the three that the command goes through.
-    assert command.main(["--json", "--dtype", "bfloat16"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    line = [sys.executable, "-m", "jaxsoftmax", "--json", "--dtype", "bfloat16"]
+    report = json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
     assert report["jax"] == jax.__version__
     assert report["wrong"] == []
     assert len({row["function"] for row in report["rows"]}) == 12
@@ -421,7 +423,7 @@ def test_a_function_without_floating_point_results_is_refused():
         js.compare_gradients(lambda x: jnp.round(x).astype(jnp.int32), jnp.ones(2))
 
 
-@pytest.mark.parametrize("confidence", [20.0, 30.0, 40.0, 80.0])
+@pytest.mark.parametrize("confidence", [20.0, 40.0])
 def test_the_table_says_which_of_two_is_right(confidence):
     logits, labels = jnp.array([[confidence, 0.0, 0.0]] * 2), jnp.array([0, 0])
 
