@@ -168,12 +168,12 @@ def ruled(fault):
         if fault != "dropped output":
             d_x -= c["cosine"] * jnp.sin(x)
         d_w = c["tangent"] * (1 - jnp.square(jnp.tanh(w)))
-        last = (x.shape[0] // 2,) if x.ndim > 1 else ()
+        row = (x.shape[0] // 2,) if x.ndim > 1 else ()
         d_x = {
             "one percent": lambda: d_x * jnp.asarray(1.01, x.dtype),
-            "zeroed row": lambda: d_x.at[last].set(0),
-            "flipped sign": lambda: d_x.at[(*last, 1)].mul(-1),
-            "one NaN": lambda: d_x.at[(*last, 1)].set(jnp.nan),
+            "zeroed row": lambda: d_x.at[row].set(0),
+            "flipped sign": lambda: d_x.at[(*row, 1)].mul(-1),
+            "one NaN": lambda: d_x.at[(*row, 1)].set(jnp.nan),
             "wrong dtype": lambda: d_x.astype(jnp.float32 if x.dtype != jnp.float32 else jnp.bfloat16),
         }.get(fault, lambda: d_x)()
         return d_x, d_w.T if fault == "transposed leaf" else d_w
