@@ -62,17 +62,18 @@ def test_many_classes_are_as_exact(classes, one_hot, dtype):
     logits = np.random.default_rng(5).normal(size=(6, classes)) / 3
     logits[:, label] = [-80, -5, 0, 5, 40, 80]
     with jax.enable_x64(dtype == jnp.float64):
+        labels = jnp.full(6, label, jnp.int32)
+        if one_hot:
+            labels = jax.nn.one_hot(labels, classes, dtype=dtype)
+
+        def total(z):
+            each = js.log_likelihood_cost(z, labels, reduction="none")
+            return jnp.sum(each), each
+
+        cost_and_gradient = jax.jit(jax.value_and_grad(total, has_aux=True))
         for offset in (0.0, 1000.0):
             z = jnp.asarray(logits + offset, dtype)
-            labels = jnp.full(6, label, jnp.int32)
-            if one_hot:
-                labels = jax.nn.one_hot(labels, classes, dtype=dtype)
-
-            def total(z, labels=labels):
-                each = js.log_likelihood_cost(z, labels, reduction="none")
-                return jnp.sum(each), each
-
-            (_, cost), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(z)
+            (_, cost), gradient = cost_and_gradient(z)
             exact_cost, exact_gradient = oracle.many_classes(np.asarray(z), label)
             assert_relative(cost, exact_cost, eps_multiple=8)
             assert_relative(gradient, exact_gradient, eps_multiple=8)
