@@ -114,7 +114,7 @@ def log_likelihood_cost(
     if where is not None:
         exists = jnp.moveaxis(as_where(where, jnp.shape(logits)), axis, -1)
         z = jnp.where(exists, z, -jnp.inf)
-    cost = example_costs(z, labels, v, options, exists)
+    cost = example_costs(z, labels, v, options, exists, row_maximum(z))
     return reduced(cost, total_weight(labels, v, w=options.class_weight), reduction, normalizer)
 
 
@@ -223,13 +223,14 @@ def example_costs(
     v: Float[Array, "*batch"] | None,
     options: Options,
     exists: Array | None,
+    m: Float[Array, "*batch 1"],
 ) -> Float[Array, "*batch"]:
     """What each example costs, its sample weight v included.
 
     `exists` tells, for (classes) or (*batch, classes), which classes do; z must be −inf for the others.
+    m is the `row_maximum` of z, to within a rounding.
     """
     w, alpha, zeta = options
-    m = row_maximum(z)
     labels = _as_targets(labels, v, m.dtype)
     if _is_probability(labels):
         q = labels if alpha is None else (1 - alpha) * labels + alpha * _even(exists, m, z.shape[-1])
@@ -385,6 +386,8 @@ class _LabelResiduals(NamedTuple):
 def _label_cost_fwd(logits, maximum, labels):
     index = labels[..., None]
     if logits.dtype == maximum.dtype:
+        # The same maximum, but taken after the label's logit: then the roots can take the logits' place.
+        maximum = jnp.maximum(maximum, jax.lax.stop_gradient(pick(logits, index)))
         roots = jnp.where(is_class(logits, index), 0, lifted_roots(logits, maximum))
         # A barrier, or the compiler may take the exponentials twice: for the sum and for the gradient.
         roots = jax.lax.optimization_barrier(roots)

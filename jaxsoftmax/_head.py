@@ -22,9 +22,9 @@ from ._checks import (
     as_weights,
 )
 from ._cost import Options, Reduction, as_options, example_costs, reduced, total_weight
-from ._softmax import row_sums
+from ._softmax import row_maximum, row_sums
 
-CHUNK = 2**20  # The most numbers of the weights' gradient that one product adds to.
+CHUNK = 2**19  # The most numbers of the weights' gradient that one product adds to.
 
 
 def linear_log_likelihood_cost(
@@ -107,10 +107,14 @@ def linear_log_likelihood_cost(
     labels = as_labels(labels, (*batch, classes), len(batch), sample_weight, plan.num_classes)
     layer = layer._replace(options=as_options(class_weight, label_smoothing, z_loss, classes, dtype))
     rows = _flat(_Rows(x, labels, v), len(batch))
-    if reduction == "none":
-        return jnp.reshape(_each(plan, layer, rows), batch)
+    if x.dtype == dtype and plan.block_size >= math.prod(batch):
+        costs = _whole(plan, layer, rows)
+    elif reduction == "none":
+        costs = _each(plan, layer, rows)
+    else:
+        costs = _total(plan, layer, rows)
     weight = total_weight(rows.labels, rows.sample_weight, layer.options.class_weight)
-    return reduced(_total(plan, layer, rows), weight, reduction, normalizer)
+    return reduced(costs if reduction != "none" else costs.reshape(batch), weight, reduction, normalizer)
 
 
 class HeadStatistics(NamedTuple):
@@ -224,7 +228,7 @@ def _block_size(rows, classes):
     """Rows in a block: enough to keep the products busy, few enough to keep the logits small."""
     if rows * classes <= 2**20:
         return max(1, rows)
-    return max(128, min(-(-rows // 8), 2**24 // classes))
+    return max(64, min(max(-(-rows // 8), min(-(-rows // 5), 128)), 2**24 // classes))
 
 
 def _flat(rows, axes):
@@ -232,23 +236,41 @@ def _flat(rows, axes):
     return jax.tree.map(lambda a: a.reshape(math.prod(a.shape[:axes]), *a.shape[axes:]), rows)
 
 
+# No loop is made for one round: XLA on the CPU cannot run narrow products from a loop it has unrolled.
+
+
 def _over_blocks(plan, step, carry, rows):
-    """`step` over every block of rows in turn, the last one shorter if need be."""
-    whole, rest = divmod(jax.tree.leaves(rows)[0].shape[0], plan.block_size)
-    done = whole * plan.block_size
-    parts = []
-    # No loop for one block: XLA on the CPU cannot run narrow products from a loop it has unrolled.
-    if whole > 1:
-        blocks = jax.tree.map(lambda a: a[:done].reshape(whole, plan.block_size, *a.shape[1:]), rows)
-        carry, results = jax.lax.scan(step, carry, blocks)
-        parts = [jax.tree.map(lambda a: a.reshape(done, *a.shape[2:]), results)]
-    elif whole == 1:
-        carry, results = step(carry, jax.tree.map(lambda a: a[:done], rows))
-        parts = [results]
-    if rest or not parts:
-        carry, results = step(carry, jax.tree.map(lambda a: a[done:], rows))
-        parts += [results]
-    return carry, parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+    """`step` over every block of rows in turn, and what it gives for each row."""
+    count = jax.tree.leaves(rows)[0].shape[0]
+    blocks = max(1, -(-count // plan.block_size))
+    if blocks == 1:
+        return step(carry, rows, jnp.ones(count, bool))
+    size = -(-count // blocks)
+
+    def block(state, number):
+        carry, results = state
+        # The last block overlaps the one before, so that one program fits all.
+        start = jnp.minimum(number * size, count - size)
+        is_new = start + jnp.arange(size) >= number * size
+        carry, result = step(carry, jax.tree.map(lambda a: _block(a, start, size), rows), is_new)
+        return (carry, jax.tree.map(partial(_with_block, start, is_new), results, result)), None
+
+    shapes = jax.eval_shape(
+        lambda: step(carry, jax.tree.map(lambda a: a[:size], rows), jnp.ones(size, bool))[1]
+    )
+    results = jax.tree.map(lambda like: jnp.zeros((count, *like.shape[1:]), like.dtype), shapes)
+    return jax.lax.scan(block, (carry, results), jnp.arange(blocks))[0]
+
+
+def _block(array, start, size):
+    return jax.lax.dynamic_slice_in_dim(array, start, size)
+
+
+def _with_block(start, is_new, array, block):
+    """The array with the block's new rows at `start`."""
+    chosen = jnp.expand_dims(is_new, range(1, block.ndim))
+    block = jnp.where(chosen, block, _block(array, start, block.shape[0]))
+    return jax.lax.dynamic_update_slice_in_dim(array, block, start, axis=0)
 
 
 def _product(a, b):
@@ -258,19 +280,20 @@ def _product(a, b):
 
 def _plus_product(total, a, b):
     """The total plus a b, some columns at a time: a b at once would be a second array of its size."""
-    width = min(total.shape[1], max(1, CHUNK // max(1, total.shape[0])))
+    classes = total.shape[1]
+    width = max(1, CHUNK // max(1, total.shape[0]))
+    if width >= classes:
+        return total + _product(a, b)
 
-    def add(total, start, width):
+    def add(i, total):
+        # The last columns overlap those before, to which their part has been added already.
+        start = jnp.minimum(i * width, classes - width)
         part = _product(a, jax.lax.dynamic_slice_in_dim(b, start, width, axis=1))
-        part += jax.lax.dynamic_slice_in_dim(total, start, width, axis=1)
+        so_far = jax.lax.dynamic_slice_in_dim(total, start, width, axis=1)
+        part = jnp.where(start + jnp.arange(width) < i * width, so_far, so_far + part)
         return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis=1)
 
-    whole, rest = divmod(total.shape[1], width)
-    if whole > 1:
-        total = jax.lax.fori_loop(0, whole, lambda i, total: add(total, i * width, width), total)
-    else:
-        total = add(total, 0, width)
-    return add(total, whole * width, rest) if rest else total
+    return jax.lax.fori_loop(0, -(-classes // width), add, total)
 
 
 def _column_sums(d_z):
@@ -286,26 +309,40 @@ def _cast(gradients, like):
     return jax.tree.map(lambda g, other: g.astype(other.dtype), gradients, (layer, rows))
 
 
-def _linear(layer, features):
-    """What the layer makes of its features: x w + b."""
-    z = _product(features, layer.weights)
-    return z if layer.bias is None else z + layer.bias.astype(z.dtype)
+class _Logits(NamedTuple):
+    """The logits of a block, their rows' maxima, and which of the classes exist."""
+
+    z: Array
+    maximum: Array
+    exists: Array | None
 
 
-def _capped(plan, z, layer):
-    """The logits, and which of their classes exist, from what the linear layer gave."""
+def _logits(plan, product, layer):
+    """The logits, from the product of features and weights."""
+    dtype, classes = product.dtype, product.shape[-1]
+    offsets = None if layer.bias is None else layer.bias.astype(dtype)
+    z = product
+    if offsets is not None:
+        # As a product, whose gradient is one too: XLA on the CPU sums rows several times as slowly.
+        ones = jnp.ones((product.shape[0], 1), dtype)
+        z += jnp.matmul(ones, offsets[None], precision=jax.lax.Precision.HIGHEST)
     if layer.softcap is not None:
         z = layer.softcap * jnp.tanh(z / layer.softcap)
-    if plan.num_classes == z.shape[-1]:
-        return z, None
-    exists = jnp.arange(z.shape[-1]) < plan.num_classes
-    return jnp.where(exists, z, -jnp.inf), exists
+    exists = None
+    if plan.num_classes < classes:
+        exists = jnp.arange(classes) < plan.num_classes
+        z = jnp.where(exists, z, -jnp.inf)
+        offsets = jnp.where(exists, 0 if offsets is None else offsets, -jnp.inf).astype(dtype)
+    # Taken from the product, since the compiler would store both product and logits for two uses of
+    # the logits. Of capped logits it stores one.
+    maximum = row_maximum(product, offsets) if layer.softcap is None else row_maximum(z)
+    return _Logits(z, maximum, exists)
 
 
-def _costs(plan, z, layer, rows):
-    """The cost of each row, from what the linear layer gave."""
-    z, exists = _capped(plan, z, layer)
-    return example_costs(z, rows.labels, rows.sample_weight, layer.options, exists)
+def _costs(plan, product, layer, rows):
+    """The cost of each row, from the product of features and weights."""
+    z, maximum, exists = _logits(plan, product, layer)
+    return example_costs(z, rows.labels, rows.sample_weight, layer.options, exists, maximum)
 
 
 def _sound(rows):
@@ -320,16 +357,24 @@ def _sound(rows):
 def _statistics(plan, layer, rows):
     """The statistics of each row."""
 
-    def step(_, rows):
-        z, _ = _capped(plan, _linear(layer, rows.features), layer)
+    def step(_, rows, __):
+        z, maximum, _ = _logits(plan, _product(rows.features, layer.weights), layer)
         sums = row_sums(z)
         entropy = jnp.sum(sums.probabilities * jnp.where(z == -jnp.inf, 0, sums.surprises(z)), axis=-1)
         log_normalizer = (sums.maximum + sums.log_sum)[:, 0]
-        label = None if rows.labels is None else -example_costs(z, rows.labels, None, layer.options, None)
+        label = None
+        if rows.labels is not None:
+            label = -example_costs(z, rows.labels, None, layer.options, None, maximum)
         prediction = jnp.argmax(z, axis=-1).astype(jnp.int32)
         return None, HeadStatistics(log_normalizer, prediction, entropy, label)
 
     return _over_blocks(plan, step, None, rows)[1]
+
+
+@partial(jax.jit, static_argnums=0)
+def _whole(plan, layer, rows):
+    """The cost of each row of one block, which needs no rule but the cost's own."""
+    return _costs(plan, _product(_sound(rows), layer.weights), layer, rows)
 
 
 # The cost of all rows together, its gradient formed together with it.
@@ -368,9 +413,10 @@ def _each(plan, layer, rows):
 def _forward(plan, layer, rows):
     """The cost of each row."""
 
-    def step(_, rows):
+    def step(_, rows, __):
         # By its forward rule, which forward mode can differentiate where it cannot the cost with a rule.
-        costs, _ = jax.vjp(lambda z: _costs(plan, z, layer, rows), _linear(layer, _sound(rows)))
+        product = _product(_sound(rows), layer.weights)
+        costs, _ = jax.vjp(lambda product: _costs(plan, product, layer, rows), product)
         return None, costs
 
     return _over_blocks(plan, step, None, rows)[1]
@@ -397,15 +443,21 @@ def _with_gradients(plan, layer, rows, cotangent):
     ∂/∂w = xᵀ D,  ∂/∂b = Σ_n D,  ∂/∂x = D wᵀ.
     """
 
-    def step(d_layer, block):
+    def step(d_layer, block, is_new):
         rows, cotangent = block
+        cotangent = jnp.where(is_new, cotangent, 0)
         x = _sound(rows)
         # Weights, bias and features end in z; what else a cost depends on keeps its place.
         others = layer._replace(weights=None, bias=None), rows._replace(features=None)
-        costs, pull_back = jax.vjp(partial(_costs, plan), _linear(layer, x), *others)
+
+        def costs_of(product, others, rows):
+            return _costs(plan, product, others._replace(bias=layer.bias), rows)
+
+        costs, pull_back = jax.vjp(costs_of, _product(x, layer.weights), *others)
         d_z, d_others, d_rows = pull_back(cotangent)
         narrow = d_z.astype(x.dtype)
-        d_x = _product(narrow, layer.weights.T)
+        # Weights first: faster on the CPU, as long as the compiler does not turn it round again.
+        d_x = jax.lax.optimization_barrier(_product(layer.weights, narrow.T)).T
         d_w = _plus_product(d_layer.weights, x.T, narrow)
         d_b = None if d_layer.bias is None else d_layer.bias + _column_sums(d_z)
         d_others = jax.tree.map(jnp.add, d_layer._replace(weights=None, bias=None), d_others)

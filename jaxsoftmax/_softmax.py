@@ -172,14 +172,21 @@ def _share_jvp(primals, tangents):
     return share(part, others), tangent
 
 
-def row_maximum(logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch 1"]:
-    """The maximum of each row, in float32 or wider, held fixed: no cost changes with it.
+def row_maximum(
+    logits: Float[Array, "*batch classes"], offsets: Float[Array, " classes"] | None = None
+) -> Float[Array, "*batch 1"]:
+    """The maximum of each row plus offsets, in float32 or wider, held fixed: no cost changes with it.
 
     It is 0 where all logits are −inf, so that they differ from it. It may pass over NaN, as XLA on the
     CPU does in long rows; sums do not.
     """
     dtype = arithmetic_dtype(logits.dtype)
-    maximum = reduce_rows(jnp.max, lambda z, _: z.astype(dtype), jax.lax.stop_gradient(logits))
+    z, offsets = jax.lax.stop_gradient((logits, offsets))
+    if offsets is None:
+        maximum = reduce_rows(jnp.max, lambda z, _: z.astype(dtype), z)
+    else:
+        z, offsets = jax.lax.optimization_barrier((z, offsets))
+        maximum = reduce_rows(jnp.max, lambda z, _, offsets: z.astype(dtype) + offsets, z, offsets)
     return jnp.where(maximum == -jnp.inf, 0, maximum)
 
 
@@ -230,7 +237,8 @@ def reduce_rows(
     """A sum or maximum over each row of `terms(values, first, *columns)`.
 
     Long rows are taken in parts: faster, and a sum of sums rounds less. `first` is the number of the
-    first class in each part, and every column (*batch, 1) is given to all parts of its row.
+    first class in each part. Every column (*batch, 1) is given to all parts of its row, and of what is
+    (classes,) each part is given its own.
     """
     *batch, classes = values.shape
     block = 0 if is_sharded(values) else _block(classes)
@@ -238,7 +246,11 @@ def reduce_rows(
         row, *given = apart(values, *columns)
         return reduce(terms(row, 0, *given), axis=-1, keepdims=True)
     first = block * jnp.arange(classes // block, dtype=jnp.int32)[:, None]
-    parts = (values.reshape(*batch, classes // block, block), *(c[..., None] for c in columns))
+    split = classes // block, block
+    parts = (
+        values.reshape(*batch, *split),
+        *(c.reshape(split) if c.shape == (classes,) else c[..., None] for c in columns),
+    )
     # Without the barriers the compiler would apply elementwise terms before the reshape, and make one
     # reduction of the two: each runs several times as long.
     part, *given = jax.lax.optimization_barrier(parts)
