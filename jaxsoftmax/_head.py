@@ -77,10 +77,10 @@ def linear_log_likelihood_cost(
         Cost in nats, float32 (float64 for float64 features): a scalar, or (*batch) for "none". It is
         differentiable in every floating-point argument, each gradient in its argument's dtype.
         bfloat16 and float16 features and weights enter the products as they are, as does the logits'
-        gradient, and accumulate in float32; each gradient is rounded once, after its last block. With
-        float16 and a scaled loss use "none", where the scale enters before the logits' gradient is
-        narrowed. At ±inf, NaN and weight 0 the logits mean what they do for `log_likelihood_cost`,
-        except that an example of weight 0 with broken features counts as one whose features are 0.
+        gradient, and accumulate in float32; each gradient is rounded once, after its last block. In
+        float16 the logits' gradient enters in units that keep its digits, however a loss is scaled.
+        At ±inf, NaN and weight 0 the logits mean what they do for `log_likelihood_cost`, except that an
+        example of weight 0 with broken features counts as one whose features are 0.
 
     Raises:
         TypeError: If an argument has the wrong kind of dtype.
@@ -107,14 +107,15 @@ def linear_log_likelihood_cost(
     labels = as_labels(labels, (*batch, classes), len(batch), sample_weight, plan.num_classes)
     layer = layer._replace(options=as_options(class_weight, label_smoothing, z_loss, classes, dtype))
     rows = _flat(_Rows(x, labels, v), len(batch))
-    if x.dtype == dtype and plan.block_size >= math.prod(batch):
-        costs = _whole(plan, layer, rows)
-    elif reduction == "none":
-        costs = _each(plan, layer, rows)
-    else:
-        costs = _total(plan, layer, rows)
     weight = total_weight(rows.labels, rows.sample_weight, layer.options.class_weight)
-    return reduced(costs if reduction != "none" else costs.reshape(batch), weight, reduction, normalizer)
+    if x.dtype == dtype and plan.block_size >= math.prod(batch):
+        costs = _whole(plan, layer, rows).reshape(batch)
+    elif reduction == "none":
+        costs = _each(plan, layer, rows).reshape(batch)
+    else:
+        # What one nat of each example adds to the result enters the gradient before its products.
+        return _total(plan, layer, rows, reduced(jnp.ones((), dtype), weight, reduction, normalizer))
+    return reduced(costs, weight, reduction, normalizer)
 
 
 class HeadStatistics(NamedTuple):
@@ -239,12 +240,10 @@ def _flat(rows, axes):
 # No loop is made for one round: XLA on the CPU cannot run narrow products from a loop it has unrolled.
 
 
-def _over_blocks(plan, step, carry, rows):
-    """`step` over every block of rows in turn, and what it gives for each row."""
+def _over_blocks(plan, step, rows):
+    """`step` over every block of rows in turn: what it carries, and what it gives for each row."""
     count = jax.tree.leaves(rows)[0].shape[0]
     blocks = max(1, -(-count // plan.block_size))
-    if blocks == 1:
-        return step(carry, rows, jnp.ones(count, bool))
     size = -(-count // blocks)
 
     def block(state, number):
@@ -255,11 +254,12 @@ def _over_blocks(plan, step, carry, rows):
         carry, result = step(carry, jax.tree.map(lambda a: _block(a, start, size), rows), is_new)
         return (carry, jax.tree.map(partial(_with_block, start, is_new), results, result)), None
 
-    shapes = jax.eval_shape(
-        lambda: step(carry, jax.tree.map(lambda a: a[:size], rows), jnp.ones(size, bool))[1]
-    )
-    results = jax.tree.map(lambda like: jnp.zeros((count, *like.shape[1:]), like.dtype), shapes)
-    return jax.lax.scan(block, (carry, results), jnp.arange(blocks))[0]
+    # The first alone: it has nothing to add to.
+    carry, first = step(None, jax.tree.map(lambda a: a[:size], rows), jnp.ones(size, bool))
+    if blocks == 1:
+        return carry, first
+    results = jax.tree.map(lambda a: jnp.zeros((count, *a.shape[1:]), a.dtype).at[:size].set(a), first)
+    return jax.lax.scan(block, (carry, results), jnp.arange(1, blocks), unroll=blocks == 2)[0]
 
 
 def _block(array, start, size):
@@ -278,22 +278,34 @@ def _product(a, b):
     return jnp.matmul(a, b, preferred_element_type=arithmetic_dtype(a.dtype))
 
 
-def _plus_product(total, a, b):
-    """The total plus a b, some columns at a time: a b at once would be a second array of its size."""
+def _plus_product(total, a, b, unit):
+    """The total plus unit a b, some columns at a time: a b at once would be a second array of its size."""
+    if total is None:
+        return unit * _product(a, b)
     classes = total.shape[1]
     width = max(1, CHUNK // max(1, total.shape[0]))
     if width >= classes:
-        return total + _product(a, b)
+        return total + unit * _product(a, b)
 
     def add(i, total):
         # The last columns overlap those before, to which their part has been added already.
         start = jnp.minimum(i * width, classes - width)
-        part = _product(a, jax.lax.dynamic_slice_in_dim(b, start, width, axis=1))
+        part = unit * _product(a, jax.lax.dynamic_slice_in_dim(b, start, width, axis=1))
         so_far = jax.lax.dynamic_slice_in_dim(total, start, width, axis=1)
         part = jnp.where(start + jnp.arange(width) < i * width, so_far, so_far + part)
         return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis=1)
 
     return jax.lax.fori_loop(0, -(-classes // width), add, total)
+
+
+def _narrowed(d_z, dtype):
+    """The logits' gradient in the features' dtype, in units that fill its range: 1 but for float16."""
+    if jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp:
+        return d_z.astype(dtype), 1
+    # A probability of 10⁻⁵ has few digits in float16, and a scaled loss may have no place in it.
+    _, exponent = jnp.frexp(jax.lax.stop_gradient(jnp.max(jnp.abs(d_z))))
+    unit = jnp.ldexp(jnp.ones((), d_z.dtype), jnp.maximum(exponent, -100) - 15)
+    return (d_z / unit).astype(dtype), unit
 
 
 def _column_sums(d_z):
@@ -303,10 +315,10 @@ def _column_sums(d_z):
 
 def _cast(gradients, like):
     """The gradients, each in the dtype of what it is by; None stays for integer labels."""
-    layer, rows = like
+    layer, rows, *others = like
     if gradients[1].labels is None:
         rows = rows._replace(labels=None)
-    return jax.tree.map(lambda g, other: g.astype(other.dtype), gradients, (layer, rows))
+    return jax.tree.map(lambda g, other: g.astype(other.dtype), gradients, (layer, rows, *others))
 
 
 class _Logits(NamedTuple):
@@ -368,7 +380,7 @@ def _statistics(plan, layer, rows):
         prediction = jnp.argmax(z, axis=-1).astype(jnp.int32)
         return None, HeadStatistics(log_normalizer, prediction, entropy, label)
 
-    return _over_blocks(plan, step, None, rows)[1]
+    return _over_blocks(plan, step, rows)[1]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -377,27 +389,28 @@ def _whole(plan, layer, rows):
     return _costs(plan, _product(_sound(rows), layer.weights), layer, rows)
 
 
-# The cost of all rows together, its gradient formed together with it.
+# The cost of all rows together, times the scale; its gradient is formed together with it.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(plan, layer, rows):
-    return jnp.sum(_forward(plan, layer, rows))
+def _total(plan, layer, rows, scale):
+    return _scaled(scale, jnp.sum(_forward(plan, layer, rows)))
 
 
-def _total_fwd(plan, layer, rows):
-    ones = jnp.ones(rows.features.shape[0], arithmetic_dtype(rows.features.dtype))
-    costs, gradients = _with_gradients(plan, layer, rows, ones)
+def _total_fwd(plan, layer, rows, scale):
+    cotangent = jnp.broadcast_to(scale, rows.features.shape[:1])
+    costs, gradients = _with_gradients(plan, layer, rows, cotangent)
+    total = jnp.sum(costs)
     # Layer and rows are kept for their dtypes alone.
-    return jnp.sum(costs), (gradients, (layer, rows))
+    return _scaled(scale, total), ((*gradients, total), (layer, rows, scale))
 
 
 def _total_bwd(_, residuals, cotangent):
     gradients, like = residuals
+    return _cast(jax.tree.map(partial(_scaled, cotangent), gradients), like)
 
-    # Select, since 0 · NaN is NaN: a cost that nobody counts has no gradient, whatever it holds.
-    def scaled(g):
-        return jnp.where(cotangent == 0, 0, cotangent * g.astype(cotangent.dtype))
 
-    return _cast(jax.tree.map(scaled, gradients), like)
+def _scaled(factor, array):
+    """The product, 0 for a factor of 0 whatever the array holds: what nobody counts has no gradient."""
+    return jnp.where(factor == 0, 0, factor * array.astype(factor.dtype))
 
 
 _total.defvjp(_total_fwd, _total_bwd)
@@ -419,7 +432,7 @@ def _forward(plan, layer, rows):
         costs, _ = jax.vjp(lambda product: _costs(plan, product, layer, rows), product)
         return None, costs
 
-    return _over_blocks(plan, step, None, rows)[1]
+    return _over_blocks(plan, step, rows)[1]
 
 
 def _each_fwd(plan, layer, rows):
@@ -455,17 +468,17 @@ def _with_gradients(plan, layer, rows, cotangent):
 
         costs, pull_back = jax.vjp(costs_of, _product(x, layer.weights), *others)
         d_z, d_others, d_rows = pull_back(cotangent)
-        narrow = d_z.astype(x.dtype)
+        narrow, unit = _narrowed(d_z, x.dtype)
         # Weights first: faster on the CPU, as long as the compiler does not turn it round again.
-        d_x = jax.lax.optimization_barrier(_product(layer.weights, narrow.T)).T
-        d_w = _plus_product(d_layer.weights, x.T, narrow)
-        d_b = None if d_layer.bias is None else d_layer.bias + _column_sums(d_z)
-        d_others = jax.tree.map(jnp.add, d_layer._replace(weights=None, bias=None), d_others)
+        d_x = unit * jax.lax.optimization_barrier(_product(layer.weights, narrow.T)).T
+        d_w = _plus_product(None if d_layer is None else d_layer.weights, x.T, narrow, unit)
+        d_b = None if layer.bias is None else _column_sums(d_z)
+        d_others = d_others._replace(bias=d_b)
+        if d_layer is not None:
+            d_others = jax.tree.map(jnp.add, d_layer._replace(weights=None), d_others)
         d_labels = d_rows.labels if jnp.issubdtype(rows.labels.dtype, jnp.floating) else None
         d_rows = d_rows._replace(features=d_x, labels=d_labels)
-        return d_others._replace(weights=d_w, bias=d_b), (costs, d_rows)
+        return d_others._replace(weights=d_w), (costs, d_rows)
 
-    wide = arithmetic_dtype(rows.features.dtype)
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), wide), layer)
-    d_layer, (costs, d_rows) = _over_blocks(plan, step, nothing, (rows, cotangent))
+    d_layer, (costs, d_rows) = _over_blocks(plan, step, (rows, cotangent))
     return costs, (d_layer, d_rows)
