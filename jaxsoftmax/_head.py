@@ -22,7 +22,7 @@ from ._checks import (
     as_weights,
 )
 from ._cost import Options, Reduction, as_options, example_costs, reduced, total_weight
-from ._softmax import row_maximum, row_sums
+from ._softmax import first_largest, leave_out, pick, reduce_rows, row_maximum, sum_of_other_exponentials
 
 CHUNK = 2**19  # The most numbers of the weights' gradient that one product adds to.
 
@@ -69,9 +69,10 @@ def linear_log_likelihood_cost(
         num_classes: The classes that exist, if fewer than `weights` has columns. The others are
             padding, to be filled with any finite numbers: probability 0 and gradient 0. An integer
             label must be below it; a probability there costs +inf.
-        block_size: How many rows of logits are held at once. None takes an eighth of the rows, but no
-            more than make 2²⁴ logits and no fewer than 128; up to 2²⁰ logits are one block. The
-            gradient's memory beyond its results is about two such blocks.
+        block_size: How many rows of logits are held at once, at most: the rows are divided evenly. None
+            takes an eighth of the rows or 128 if that is more, but no more than a fifth; no more than
+            make 2²⁴ logits, and no fewer than 64; up to 2²⁰ logits are one block. The gradient's memory
+            beyond its results is one such block, and a few megabytes.
 
     Returns:
         Cost in nats, float32 (float64 for float64 features): a scalar, or (*batch) for "none". It is
@@ -89,8 +90,9 @@ def linear_log_likelihood_cost(
             and gradient.
 
     Note:
-        Under `jax.vmap` "mean" and "sum" keep a gradient of the weights for each example. Pass further
-        batch axes as leading axes of `features` instead: they share one.
+        Under `jax.vmap` with shared weights, float32 or wider examples of one block share their gradient
+        too. Those of more blocks, and narrow ones, have a copy of it each: pass further batch axes as
+        leading axes of `features` instead, which also takes blocks across examples.
 
     Example:
         >>> x, w = jnp.ones((4, 2)), jnp.zeros((2, 50_000))
@@ -279,7 +281,7 @@ def _product(a, b):
 
 
 def _plus_product(total, a, b, unit):
-    """The total plus unit a b, some columns at a time: a b at once would be a second array of its size."""
+    """The total plus unit a b, some columns at a time: at once takes a second array of its size."""
     if total is None:
         return unit * _product(a, b)
     classes = total.shape[1]
@@ -370,23 +372,60 @@ def _statistics(plan, layer, rows):
     """The statistics of each row."""
 
     def step(_, rows, __):
-        z, maximum, _ = _logits(plan, _product(rows.features, layer.weights), layer)
-        sums = row_sums(z)
-        entropy = jnp.sum(sums.probabilities * jnp.where(z == -jnp.inf, 0, sums.surprises(z)), axis=-1)
-        log_normalizer = (sums.maximum + sums.log_sum)[:, 0]
+        product = _product(rows.features, layer.weights)
+        z, m, _ = _logits(plan, product, layer)
+        # The softcap changes no order, and before it nothing is multiplied.
+        winner = first_largest(_logits(plan, product, layer._replace(softcap=None)).z, ulps=0)
+        own = jnp.exp(pick(z, winner) - m)
+        rest = sum_of_other_exponentials(z, m, winner)
+        log_sum = jnp.log(rest + own)
+        entropy = own * jnp.log1p(rest / own) + _surprises_of_others(z, m, winner, log_sum)
         label = None
         if rows.labels is not None:
-            label = -example_costs(z, rows.labels, None, layer.options, None, maximum)
-        prediction = jnp.argmax(z, axis=-1).astype(jnp.int32)
-        return None, HeadStatistics(log_normalizer, prediction, entropy, label)
+            label = -example_costs(z, rows.labels, None, layer.options, None, m)
+        columns = m + log_sum, winner, entropy / (rest + own)
+        return None, HeadStatistics(*(column[:, 0] for column in columns), label)
 
     return _over_blocks(plan, step, rows)[1]
+
+
+def _surprises_of_others(z, m, winner, log_sum):
+    """Σ e_k (−ln a_k) over the classes of each row but the winner."""
+
+    def terms(z, first, m, winner, log_sum):
+        # As far behind as there are numbers: a class that does not exist adds 0, and 0 · ∞ would not be.
+        behind = jnp.minimum(m - z, jnp.finfo(z.dtype).max / 2)
+        return leave_out(jnp.exp(z - m) * (log_sum + behind), winner - first)
+
+    z, m = jax.lax.optimization_barrier((z, m))
+    return reduce_rows(jnp.sum, terms, z, m, winner, log_sum)
 
 
 @partial(jax.jit, static_argnums=0)
 def _whole(plan, layer, rows):
     """The cost of each row of one block, which needs no rule but the cost's own."""
-    return _costs(plan, _product(_sound(rows), layer.weights), layer, rows)
+    x, w = _sound(rows), layer.weights
+    # Not for more classes, which would have the larger gradient copied.
+    product = _product(x, _turned(w) if x.shape[0] >= 8 * w.shape[1] else w)
+    return _costs(plan, product, layer, rows)
+
+
+# The weights themselves. Their gradient xᵀ D, a sum over many rows for few classes, is taken as the
+# transpose of Dᵀ x: twice as fast on the CPU, as long as the compiler does not turn it round again.
+@jax.custom_vjp
+def _turned(weights):
+    return weights
+
+
+def _turned_fwd(weights):
+    return weights, None
+
+
+def _turned_bwd(_, cotangent):
+    return (jax.lax.optimization_barrier(cotangent.T).T,)
+
+
+_turned.defvjp(_turned_fwd, _turned_bwd)
 
 
 # The cost of all rows together, times the scale; its gradient is formed together with it.

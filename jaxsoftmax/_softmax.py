@@ -150,7 +150,7 @@ class RowSums(NamedTuple):
 def row_sums(logits: Float[Array, "*batch classes"]) -> RowSums:
     """The row sums of the logits, exact for every class; NaN where there is no distribution."""
     maximum = row_maximum(logits)
-    winner = _first_largest(logits)
+    winner = first_largest(logits)
     own = jnp.exp(pick(logits, winner) - maximum)
     exponentials = jnp.where(is_class(logits, winner), own, jnp.exp(logits - maximum))
     rest = sum_of_other_exponentials(logits, maximum, winner)
@@ -208,7 +208,7 @@ def sum_of_other_exponentials(
     """Σ e_k over the classes of each row but the one at `index`."""
 
     def squares(z, first, m, index):
-        return jnp.square(_leave_out(lifted_roots(z, m), index - first))
+        return jnp.square(leave_out(lifted_roots(z, m), index - first))
 
     return reduce_rows(jnp.sum, squares, logits, maximum, index) / LIFT**2
 
@@ -267,14 +267,14 @@ def apart(logits: Array, *columns: Array) -> tuple[Array, ...]:
     return arrays if logits.dtype.itemsize >= 4 else jax.lax.optimization_barrier(arrays)
 
 
-def _first_largest(values):
-    """The first class of each row that has the largest value, give or take a rounding."""
+def first_largest(values: Float[Array, "*batch classes"], ulps: int = 4) -> Integer[Array, "*batch 1"]:
+    """The first class of each row that has the largest value, give or take so many roundings."""
     values = jax.lax.stop_gradient(values)
     limits = jnp.finfo(values.dtype)
     numbers = jnp.arange(values.shape[-1], dtype=values.dtype)
     maximum = jnp.max(values, axis=-1, keepdims=True)
-    # The compiler may have rounded the values otherwise here than for the maximum.
-    behind = (maximum - values) - jnp.minimum(4 * limits.eps * jnp.abs(maximum), 1)
+    # The compiler may have rounded the values otherwise here than for the maximum, where it multiplies.
+    behind = (maximum - values) - jnp.minimum(ulps * limits.eps * jnp.abs(maximum), 1)
     # 0 for the largest, huge elsewhere: twice, so that the smallest difference there is becomes huge.
     behind = jnp.minimum(jnp.maximum(behind, 0) * limits.max, 1) * limits.max
     first = jnp.min(numbers + behind, axis=-1, keepdims=True)
@@ -282,7 +282,7 @@ def _first_largest(values):
     return jnp.minimum(first, values.shape[-1] - 1).astype(jnp.int32)
 
 
-def _leave_out(values, index):
+def leave_out(values: Array, index: Array) -> Array:
     """The values, but 0 for the class of each row at `index`; NaN stays NaN even there."""
     distance = jnp.abs(jnp.arange(values.shape[-1], dtype=values.dtype) - index.astype(values.dtype))
     return values * jnp.minimum(distance, 1)
@@ -325,8 +325,8 @@ def pull_back_log_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes
 
 def sum_of_others(values: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
     """Σ_{k≠j} v_k for each class j, which Σ_k v_k − v_j would lose where v_j is nearly all of it."""
-    largest = _first_largest(jnp.abs(values))
-    rest = reduce_rows(jnp.sum, lambda v, first, index: _leave_out(v, index - first), values, largest)
+    largest = first_largest(jnp.abs(values))
+    rest = reduce_rows(jnp.sum, lambda v, first, index: leave_out(v, index - first), values, largest)
     # All others but the largest, and the largest where the class is another.
     return jnp.where(is_class(values, largest), rest, (rest - values) + pick(values, largest))
 

@@ -226,6 +226,53 @@ def test_no_product_that_nobody_asked_for():
         assert products(jax.value_and_grad(function, (0, 1)), x, w) == pytest.approx(3, abs=0.1)
 
 
+@pytest.mark.parametrize("rows", [(), (4,)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_examples_under_vmap_share_the_gradient_of_their_weights(rows, reduction):
+    batch, features, classes = 64, 128, 4096
+    shapes = [(features, classes), (classes,), (batch, *rows, features)]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    labels = jax.ShapeDtypeStruct((batch, *rows), jnp.int32)
+
+    def cost(w, b, x, labels):
+        def one(x, label):
+            return js.linear_log_likelihood_cost(x, w, b, label, reduction=reduction).sum()
+
+        return jax.vmap(one)(x, labels).mean()
+
+    compiled = jax.jit(jax.grad(cost, (0, 1, 2))).lower(*arguments, labels).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < batch * features * classes * 4 / 8
+
+
+def test_few_classes_and_many_rows():
+    x, w, b = layer(90, 7, 3, jnp.float32)
+    labels = random_labels((90, 3))
+    direction = layer(7, 3, 1, jnp.float32, seed=3)[0]
+
+    def results(cost):
+        gradient = jax.grad(lambda w: cost(x, w, b, labels))
+        return gradient(w), jax.jvp(gradient, (w,), (direction,))[1]
+
+    assert_close(results(js.linear_log_likelihood_cost), results(dense), ulps=16)
+
+
+@pytest.mark.parametrize(("loss_scale", "scale"), [(2.0**-6, 0.3), (2.0**18, 2.0**-8)])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_float16_keeps_its_digits_however_the_loss_is_scaled(loss_scale, scale, reduction):
+    # The logits' gradient would be subnormal in float16, or infinite.
+    x, w, _ = (part.astype(jnp.float16) for part in layer(12, 8, 20_000, jnp.float32, scale=scale))
+    labels = random_labels((12, 20_000))
+
+    def gradients(cost, *arguments):
+        def scaled(x, w):
+            return loss_scale * cost(x, w, None, labels, reduction=reduction).sum()
+
+        return jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(scaled, (0, 1))(*arguments))
+
+    exact = gradients(dense, *(part.astype(jnp.float32) for part in (x, w)))
+    assert_norms_close(gradients(js.linear_log_likelihood_cost, x, w), exact, 5e-4)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
 def test_narrow_operands_and_wide_sums(dtype):
     x, w, b = layer(64, 8, 30, dtype, scale=0.5)
