@@ -41,7 +41,7 @@ WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
 UNKNOWN = "<unknown>"
 FEWEST = 1000  # Words to learn from.
 PARTS = 4  # Of an epoch, after each of which the model is evaluated.
-SAMPLES, LENGTH = 3, 60  # Texts drawn from the model, and words in each.
+SAMPLES, LENGTH = 3, 50  # Texts drawn from the model, and words in each.
 
 Texts = list[list[str]]
 
@@ -75,7 +75,6 @@ class History(NamedTuple):
 
     cost: list[float]
     perplexity: list[float]
-    accuracy: list[float]
     speed: list[float]
 
 
@@ -197,12 +196,10 @@ def dense_cost(model: Model, batch: Examples) -> jax.Array:
 
 
 @jax.jit
-def evaluate(model: Model, examples: Examples) -> tuple[jax.Array, jax.Array]:
-    """Perplexity, and the share of words that are the model's first guess."""
-    x = features(model, examples.context)
-    statistics = js.head_statistics(x, *model.output, examples.word)
-    cost = -jnp.mean(jnp.asarray(statistics.label_log_likelihood))
-    return jnp.exp(cost), jnp.mean(statistics.prediction == examples.word)
+def perplexity(model: Model, examples: Examples) -> jax.Array:
+    """What the words' mean log-likelihood makes: as many words, all as likely, are as hard to guess."""
+    statistics = js.head_statistics(features(model, examples.context), *model.output, examples.word)
+    return jnp.exp(-jnp.mean(jnp.asarray(statistics.label_log_likelihood)))
 
 
 def step_memory(
@@ -230,25 +227,23 @@ def train(
 
     epoch = js.make_epoch(costs["dense" if options.dense else "head"], optimizer, options.batch_size)
     epoch = jax.jit(epoch).lower(state, parts[0], key).compile()  # Not a part of the first one's time.
-    history = History([], [], [], [])
+    history = History([], [], [])
     with trange(options.epochs * PARTS, desc="training", unit="part") as progress:
         for number in progress:
             start = time.perf_counter()
             state, found = epoch(state, parts[number % PARTS], jax.random.fold_in(key, number))
-            cost = float(jnp.mean(found))
-            speed = length / (time.perf_counter() - start)
-            perplexity, accuracy = map(float, evaluate(state.params, held_out))
-            for record, value in zip(history, (cost, perplexity, accuracy, speed), strict=True):
-                record.append(value)
+            history.cost.append(float(jnp.mean(found)))
+            history.speed.append(length / (time.perf_counter() - start))
+            history.perplexity.append(float(perplexity(state.params, held_out)))
             progress.write(
-                f"epoch {(number + 1) / PARTS:.2f}: training cost {cost:.4f}, held-out perplexity "
-                f"{perplexity:.1f}, {accuracy:.1%} right, {speed:,.0f} words a second"
+                f"epoch {(number + 1) / PARTS:.2f}: training cost {history.cost[-1]:.4f}, held-out "
+                f"perplexity {history.perplexity[-1]:.1f}, {history.speed[-1]:,.0f} words a second"
             )
     return state.params, history, memory
 
 
 def sample(options: argparse.Namespace, model: Model, names: list[str]) -> list[str]:
-    """Texts drawn from the model word by word, from their beginning, without unknown words."""
+    """Texts drawn from the model word by word, as after a full stop, without unknown words."""
 
     def draw(context: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         z = logits(model, context).at[:, 0].set(-jnp.inf) / options.temperature
@@ -256,10 +251,10 @@ def sample(options: argparse.Namespace, model: Model, names: list[str]) -> list[
         return jnp.column_stack([context[:, 1:], word]), word
 
     start = jnp.zeros((SAMPLES, options.context), jnp.int32)
+    start = start.at[:, -1].set(names.index(".") if "." in names else 0)
     _, words = jax.lax.scan(draw, start, jax.random.split(jax.random.key(options.seed), LENGTH))
     texts = (" ".join(names[number] for number in row) for row in np.asarray(words).T)
-    texts = (re.sub(r" (?=[,.;:?!)%-])|(?<=[($-]) ", "", text) for text in texts)
-    return [text[: text.rfind(".") + 1] or text for text in texts]
+    return [re.sub(r" (?=[,.;:?!)%-])|(?<=[($-]) |(?<=\d ,) (?=\d)", "", text) for text in texts]
 
 
 def draw(result: Result, output: Path) -> None:
@@ -297,7 +292,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=count, default=4, help="words that predict the next one")
     parser.add_argument("--embedding", type=count, default=32, help="numbers for each word")
     parser.add_argument("--hidden", type=count, default=128, help="units in the hidden layer")
-    parser.add_argument("--learning-rate", type=above_0, default=8e-3, help="of Adam, at first")
+    parser.add_argument("--learning-rate", type=above_0, default=6e-3, help="of Adam, at first")
     parser.add_argument("--temperature", type=above_0, default=0.7, help="of the words drawn")
     parser.add_argument(
         "--seed", default=0, help="of the first weights, the order of the words and the words drawn",
@@ -334,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     )
     result = Result(model, history, baseline, memory, sample(options, model, names))
     for text in result.samples:
-        print(textwrap.fill(text, 100, initial_indent="- ", subsequent_indent="  "))
+        print(textwrap.fill(f"{text} ...", 100, initial_indent="- ", subsequent_indent="  "))
     draw(result, options.output)
     print(f"\npicture saved to {options.output}")
     return result
