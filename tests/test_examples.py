@@ -133,36 +133,38 @@ def small_text(tmp_path_factory):
 
 
 def tiny(text, picture, *more):
-    options = ["--epochs", "2", "--batch-size", "1024", "--embedding", "16", "--hidden", "32"]
+    # A part of an epoch has 9,450 words: nine batches, and none of another size to compile for.
+    options = ["--epochs", "2", "--batch-size", "1050", "--embedding", "16", "--hidden", "32"]
     return ["--text", str(text), *options, "--output", str(picture), *more]
 
 
-def test_language_model_beats_bigrams_and_never_holds_the_logits(example, small_text, tmp_path, capsys):
-    picture = tmp_path / "a.png"
-    result = example("language_model").main(tiny(small_text, picture))
-    assert result.history.perplexity[-1] < 0.6 * result.baseline.perplexity
-    assert result.memory["head"] < 0.5 * result.memory["dense"]
+def test_language_model_beats_bigrams_with_few_logits_as_with_all(example, small_text, tmp_path, capsys):
+    main, picture = example("language_model").main, tmp_path / "a.png"
+    head = main(tiny(small_text, picture))
+    assert len(head.history.perplexity) == 8
+    assert head.history.perplexity[-1] < 0.6 * head.baseline.perplexity
+    assert head.memory["head"] < 0.5 * head.memory["dense"]
     assert picture.stat().st_size > 20_000
     printed = capsys.readouterr().out
     assert "37,800 words to learn from, 2,070 of them distinct; 4,200 held out; 1,631 in" in printed
-    assert (
-        f"{result.history.perplexity[-1]:.1f} by the model, {result.baseline.perplexity:.1f} by"
-        in printed
-    )
-    assert all(len(text.split()) > 20 and "<unknown>" not in text for text in result.samples)
+    assert f"{head.history.perplexity[-1]:.1f} by the model, {head.baseline.perplexity:.1f} by" in printed
+    dense = main(tiny(small_text, picture, "--dense"))
+    assert dense.history.cost != head.history.cost
+    np.testing.assert_allclose(dense.history.cost, head.history.cost, rtol=1e-4)
+    np.testing.assert_allclose(dense.history.perplexity, head.history.perplexity, rtol=1e-3)
 
 
-def test_language_model_is_the_same_on_all_logits_and_for_the_same_seed(example, small_text, tmp_path):
+def test_language_model_gives_the_same_result_for_the_same_seed(example, small_text, tmp_path):
     main = example("language_model").main
-    first, again, dense, other = (
-        main(tiny(small_text, tmp_path / "a.png", *more))
-        for more in ([], [], ["--dense"], ["--seed", "1"])
+    first, again, other = (
+        main(tiny(small_text, tmp_path / "a.png", "--epochs", "1", *more))
+        for more in ([], [], ["--seed", "1"])
     )
-    assert first.history.cost == again.history.cost
-    assert first.history.perplexity == again.history.perplexity
-    assert first.samples == again.samples != other.samples
-    np.testing.assert_allclose(first.history.cost, dense.history.cost, rtol=1e-4)
-    np.testing.assert_allclose(first.history.perplexity, dense.history.perplexity, rtol=1e-3)
+    assert first.history[:2] == again.history[:2]
+    assert first.samples == again.samples
+    assert first.history.cost != other.history.cost
+    assert first.samples != other.samples
+    assert all(len(text.split()) > 20 and "<unknown>" not in text for text in first.samples)
 
 
 def bigram_perplexity(training, held_out, vocabulary, weight):
