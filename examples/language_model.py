@@ -157,9 +157,9 @@ def interpolated_bigrams(training: Texts, held_out: Texts, numbers: dict[str, in
     return Baseline(weight, mixture(training, held_out, numbers)(weight))
 
 
-def init_model(options: argparse.Namespace, probabilities: np.ndarray) -> Model:
+def init_model(options: argparse.Namespace, key: jax.Array, probabilities: np.ndarray) -> Model:
     """Random weights; the output's bias puts the untrained model near the unigrams."""
-    keys = jax.random.split(jax.random.key(options.seed), 5)
+    keys = jax.random.split(key, 5)
     size, classes = options.embedding, len(probabilities)
     he, lecun = jax.nn.initializers.he_normal(), jax.nn.initializers.lecun_normal()
     bias = jnp.asarray(np.log(probabilities), jnp.float32)
@@ -197,7 +197,7 @@ def dense_cost(model: Model, batch: Examples) -> jax.Array:
 
 @jax.jit
 def perplexity(model: Model, examples: Examples) -> jax.Array:
-    """What the words' mean log-likelihood makes: as many words, all as likely, are as hard to guess."""
+    """The exponential of the mean cost of a word."""
     statistics = js.head_statistics(features(model, examples.context), *model.output, examples.word)
     return jnp.exp(-jnp.mean(jnp.asarray(statistics.label_log_likelihood)))
 
@@ -212,7 +212,7 @@ def step_memory(
 
 
 def train(
-    options: argparse.Namespace, model: Model, training: Examples, held_out: Examples
+    options: argparse.Namespace, key: jax.Array, model: Model, training: Examples, held_out: Examples
 ) -> tuple[Model, History, dict[str, float]]:
     """Trains with Adam, its rate falling to 0; tells the memory of a step under either cost as well."""
     length = len(training.word) // PARTS
@@ -220,7 +220,7 @@ def train(
     parts = [jax.tree.map(lambda a, p=p: a[p::PARTS][:length], training) for p in range(PARTS)]
     steps = options.epochs * PARTS * math.ceil(length / options.batch_size)
     optimizer = optax.adam(optax.linear_schedule(options.learning_rate, 0, steps))
-    state, key = js.init_state(model, optimizer), jax.random.key(options.seed)
+    state = js.init_state(model, optimizer)
     batch = jax.tree.map(lambda a: a[: options.batch_size], parts[0])
     costs = {"head": head_cost, "dense": dense_cost}
     memory = {name: step_memory(cost, optimizer, state, batch) for name, cost in costs.items()}
@@ -242,7 +242,7 @@ def train(
     return state.params, history, memory
 
 
-def sample(options: argparse.Namespace, model: Model, names: list[str]) -> list[str]:
+def sample(options: argparse.Namespace, key: jax.Array, model: Model, names: list[str]) -> list[str]:
     """Texts drawn from the model word by word, as after a full stop, without unknown words."""
 
     def draw(context: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -252,7 +252,7 @@ def sample(options: argparse.Namespace, model: Model, names: list[str]) -> list[
 
     start = jnp.zeros((SAMPLES, options.context), jnp.int32)
     start = start.at[:, -1].set(names.index(".") if "." in names else 0)
-    _, words = jax.lax.scan(draw, start, jax.random.split(jax.random.key(options.seed), LENGTH))
+    _, words = jax.lax.scan(draw, start, jax.random.split(key, LENGTH))
     texts = (" ".join(names[number] for number in row) for row in np.asarray(words).T)
     return [re.sub(r" (?=[,.;:?!)%-])|(?<=[($-]) |(?<=\d ,) (?=\d)", "", text) for text in texts]
 
@@ -316,9 +316,10 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         f"{len(held_out.word):,} held out; {len(names):,} in the vocabulary"
     )
     baseline = interpolated_bigrams(texts, held_out_texts, numbers)
-    model = init_model(options, unigrams(np.asarray(training.word), len(names)))
-    model, history, memory = train(options, model, training, held_out)
-    if not math.isfinite(history.cost[-1]):
+    keys = jax.random.split(jax.random.key(options.seed), 3)
+    model = init_model(options, keys[0], unigrams(np.asarray(training.word), len(names)))
+    model, history, memory = train(options, keys[1], model, training, held_out)
+    if not math.isfinite(history.perplexity[-1]):
         sys.exit("training diverged: the cost is no longer finite; try a lower --learning-rate")
     print(
         f"\nperplexity of the held-out text: {history.perplexity[-1]:.1f} by the model, "
@@ -327,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         f"{memory['head'] / 1e6:.1f} MB with the head, {memory['dense'] / 1e6:.1f} MB with all logits\n\n"
         "The model writes:"
     )
-    result = Result(model, history, baseline, memory, sample(options, model, names))
+    result = Result(model, history, baseline, memory, sample(options, keys[2], model, names))
     for text in result.samples:
         print(textwrap.fill(f"{text} ...", 100, initial_indent="- ", subsequent_indent="  "))
     draw(result, options.output)
