@@ -1,7 +1,10 @@
 """The examples run small, and their results are right."""
 
 import importlib.util
+import itertools
+import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +119,132 @@ def test_compare_gradients_finds_the_wrong_rule(example, capsys):
     assert len(found) == 4
     assert [row.is_right() for row in found["the root for a constant"].rows] == [True, False, True]
     assert "state['hidden']['kernel']" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def small_text(tmp_path_factory):
+    """Sentences whose last name is four words back, so that bigrams cannot tell it; 1,631 words."""
+    generator = np.random.default_rng(0)
+    names = [f"n{number}" for number in (3000 * generator.random((6000, 2)) ** 6).astype(int).flat]
+    pairs = zip(names[::2], names[1::2], strict=True)
+    path = tmp_path_factory.mktemp("text") / "small.txt"
+    path.write_text("\n".join(f"{a} met {b} and {a} left." for a, b in pairs), encoding="utf-8")
+    return path
+
+
+def tiny(text, picture, *more):
+    # A part of an epoch has 9,450 words: nine batches, and none of another size to compile for.
+    options = ["--epochs", "2", "--batch-size", "1050", "--embedding", "16", "--hidden", "32"]
+    return ["--text", str(text), *options, "--output", str(picture), *more]
+
+
+def test_language_model_beats_bigrams_with_few_logits_as_with_all(example, small_text, tmp_path, capsys):
+    main, picture = example("language_model").main, tmp_path / "a.png"
+    head = main(tiny(small_text, picture))
+    assert len(head.history.perplexity) == 8
+    assert head.history.perplexity[-1] < 0.6 * head.baseline.perplexity
+    assert head.memory["head"] < 0.5 * head.memory["dense"]
+    assert picture.stat().st_size > 20_000
+    printed = capsys.readouterr().out
+    assert "37,800 words to learn from, 2,070 of them distinct; 4,200 held out; 1,631 in" in printed
+    assert f"{head.history.perplexity[-1]:.1f} by the model, {head.baseline.perplexity:.1f} by" in printed
+    dense = main(tiny(small_text, picture, "--dense"))
+    assert dense.history.cost != head.history.cost
+    np.testing.assert_allclose(dense.history.cost, head.history.cost, rtol=1e-4)
+    np.testing.assert_allclose(dense.history.perplexity, head.history.perplexity, rtol=1e-3)
+
+
+def test_language_model_gives_the_same_result_for_the_same_seed(example, small_text, tmp_path):
+    main = example("language_model").main
+    first, again, other = (
+        main(tiny(small_text, tmp_path / "a.png", "--epochs", "1", *more))
+        for more in ([], [], ["--seed", "1"])
+    )
+    assert first.history[:2] == again.history[:2]
+    assert first.samples == again.samples
+    assert first.history.cost != other.history.cost
+    assert first.samples != other.samples
+    assert all(len(text.split()) > 20 and "<unknown>" not in text for text in first.samples)
+
+
+def bigram_perplexity(training, held_out, vocabulary, weight):
+    """Word by word, from the definition."""
+    training, held_out = (
+        ["<unknown>", *(word if word in vocabulary else "<unknown>" for word in words)]
+        for words in (training, held_out)
+    )
+    single, first = Counter(training[1:]), Counter(training[:-1])
+    pairs = Counter(itertools.pairwise(training))
+    total = 0.0
+    for a, b in itertools.pairwise(held_out):
+        p = (single[b] + 1) / (len(training) - 1 + len(vocabulary) + 1)
+        total += math.log(weight * pairs[a, b] / first[a] + (1 - weight) * p if first[a] else p)
+    return math.exp(-total / (len(held_out) - 1))
+
+
+def test_language_model_baseline_is_the_interpolated_bigram_model(example, small_text):
+    words = small_text.read_text(encoding="utf-8").replace(".", " .").split()
+    training, held_out = words[:37_800], words[37_800:]
+    vocabulary = {word for word, count in Counter(training).items() if count > 1}
+    module = example("language_model")
+    numbers = {word: number for number, word in enumerate(["<unknown>", *vocabulary])}
+    baseline = module.interpolated_bigrams([training], [held_out], numbers)
+    expected = bigram_perplexity(training, held_out, vocabulary, baseline.weight)
+    assert baseline.perplexity == pytest.approx(expected, rel=1e-9)
+    counted, development = training[:34_020], training[34_020:]
+    weights = [baseline.weight + step for step in (-0.01, 0, 0.01)]
+    below, best, above = (bigram_perplexity(counted, development, vocabulary, w) for w in weights)
+    assert best < min(below, above)
+
+
+def test_language_model_holds_out_every_tenth_text_by_name(example, tmp_path):
+    module = example("language_model")
+    for number in range(20, 0, -1):
+        text = f"text {number} isn't long: " + "so, " * 50
+        (tmp_path / f"{number:02}.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "other.json").write_bytes(b"\xff")
+    training, held_out = module.split(module.read(str(tmp_path)))
+    assert [text[:5] for text in held_out] == [
+        ["text", number, "isn't", "long", ":"] for number in ("10", "20")
+    ]
+    assert len(training) == 18
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no.txt", None, "no.txt: No such file"),
+        ("folder", None, "folder: no *.txt in this folder"),
+        ("a.txt", b"not \xff text", "a.txt: not UTF-8 at byte 4"),
+        ("a.txt", b"word " * 1110, "a.txt: too little text, 999 words to learn from instead of 1,000"),
+    ],
+)
+def test_language_model_refuses_what_it_cannot_read(example, tmp_path, capsys, name, content, message):
+    (tmp_path / "folder").mkdir()
+    if content:
+        (tmp_path / name).write_bytes(content)
+    picture = tmp_path / "picture.png"
+    with pytest.raises(SystemExit) as stopped:
+        example("language_model").main(["--text", str(tmp_path / name), "--output", str(picture)])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not picture.exists()
+
+
+def test_language_model_refuses_nonsense_and_says_when_training_diverged(
+    example, small_text, tmp_path, capsys
+):
+    main = example("language_model").main
+    picture = tmp_path / "a.png"
+    for option, value, message in (
+        ("--context", "0", "--context: must be a whole number from 1"),
+        ("--temperature", "0", "--temperature: must be a number above 0, got '0'"),
+        ("--epochs", "1.5", "--epochs: must be a whole number from 1"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(tiny(small_text, picture, option, value))
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="training diverged"):
+        main(tiny(small_text, picture, "--learning-rate", "1e30"))
+    assert not picture.exists()
