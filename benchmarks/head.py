@@ -119,7 +119,7 @@ def in_torch() -> list[dict[str, float]]:
     def dense(x, w, b, labels):
         return torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w, b), labels)
 
-    costs = {"PyTorch": dense}
+    costs: dict[str, Callable] = {"PyTorch": dense}
     if importlib.util.find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 

@@ -111,9 +111,9 @@ def linear_log_likelihood_cost(
     rows = _flat(_Rows(x, labels, v), len(batch))
     weight = total_weight(rows.labels, rows.sample_weight, layer.options.class_weight)
     if x.dtype == dtype and plan.block_size >= math.prod(batch):
-        costs = _whole(plan, layer, rows).reshape(batch)
+        costs = jnp.reshape(_whole(plan, layer, rows), batch)
     elif reduction == "none":
-        costs = _each(plan, layer, rows).reshape(batch)
+        costs = jnp.reshape(_each(plan, layer, rows), batch)
     else:
         # What one nat of each example adds to the result enters the gradient before its products.
         return _total(plan, layer, rows, reduced(jnp.ones((), dtype), weight, reduction, normalizer))
@@ -383,8 +383,10 @@ def _statistics(plan, layer, rows):
         label = None
         if rows.labels is not None:
             label = -example_costs(z, rows.labels, None, layer.options, None, m)
-        columns = m + log_sum, winner, entropy / (rest + own)
-        return None, HeadStatistics(*(column[:, 0] for column in columns), label)
+        log_normalizer, prediction, entropy = (
+            column[:, 0] for column in (m + log_sum, winner, entropy / (rest + own))
+        )
+        return None, HeadStatistics(log_normalizer, prediction, entropy, label)
 
     return _over_blocks(plan, step, rows)[1]
 

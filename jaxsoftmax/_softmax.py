@@ -181,12 +181,12 @@ def row_maximum(
     CPU does in long rows; sums do not.
     """
     dtype = arithmetic_dtype(logits.dtype)
-    z, offsets = jax.lax.stop_gradient((logits, offsets))
+    z = jax.lax.stop_gradient(logits)
     if offsets is None:
         maximum = reduce_rows(jnp.max, lambda z, _: z.astype(dtype), z)
     else:
-        z, offsets = jax.lax.optimization_barrier((z, offsets))
-        maximum = reduce_rows(jnp.max, lambda z, _, offsets: z.astype(dtype) + offsets, z, offsets)
+        apart_from_logits = jax.lax.optimization_barrier((z, jax.lax.stop_gradient(offsets)))
+        maximum = reduce_rows(jnp.max, lambda z, _, more: z.astype(dtype) + more, *apart_from_logits)
     return jnp.where(maximum == -jnp.inf, 0, maximum)
 
 
