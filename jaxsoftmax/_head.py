@@ -70,9 +70,9 @@ def linear_log_likelihood_cost(
             padding, to be filled with any finite numbers: probability 0 and gradient 0. An integer
             label must be below it; a probability there costs +inf.
         block_size: How many rows of logits are held at once, at most: the rows are divided evenly. None
-            takes an eighth of the rows or 128 if that is more, but no more than a fifth; no more than
-            make 2²⁴ logits, and no fewer than 64; up to 2²⁰ logits are one block. The gradient's memory
-            beyond its results is one such block, and a few megabytes.
+            takes an eighth of the rows, or as many as make 2²⁴ logits if they are fewer; but at least
+            128, or a fifth of the rows if that is less, and at least 64. Up to 2²⁰ logits are one block.
+            The gradient's memory beyond its results is one such block, and a few megabytes.
 
     Returns:
         Cost in nats, float32 (float64 for float64 features): a scalar, or (*batch) for "none". It is
@@ -231,7 +231,7 @@ def _block_size(rows, classes):
     """Rows in a block: enough to keep the products busy, few enough to keep the logits small."""
     if rows * classes <= 2**20:
         return max(1, rows)
-    return max(64, min(max(-(-rows // 8), min(-(-rows // 5), 128)), 2**24 // classes))
+    return max(64, min(-(-rows // 5), 128), min(-(-rows // 8), 2**24 // classes))
 
 
 def _flat(rows, axes):
