@@ -179,3 +179,18 @@ def test_compare_gradients_finds_the_wrong_rule(example, capsys):
     assert len(found) == 4
     assert [row.is_right() for row in found["the root for a constant"].rows] == [True, False, True]
     assert "state['hidden']['kernel']" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("framework", ["flax_nnx", "equinox_mlp"])
+def test_frameworks_learn_the_same_with_one_line_changed(example, framework):
+    accuracy, difference = example(framework).main([])
+    assert list(accuracy) == list(difference) == ["optax_cost", "dense_cost", "head_cost"]
+    assert min(accuracy.values()) >= 0.97
+    assert max(difference.values()) < 1e-6
+
+
+def test_gradient_accumulation_needs_the_whole_weight(example):
+    errors = example("gradient_accumulation").main()
+    assert errors.pop("mean of the means") > 0.1
+    assert len(errors) == 2
+    assert max(errors.values()) < 1e-6
