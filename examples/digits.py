@@ -72,7 +72,7 @@ def load(parts: tuple[Part, Part] | None = None) -> Data:
     largest = max(parts[0].images.max(), 1)
     training, test = (
         Examples(
-            jnp.asarray(part.images.reshape(len(part.images), -1), jnp.float32) / largest,
+            jnp.asarray(part.images.reshape(len(part.images), -1) / largest, jnp.float32),
             jnp.asarray(part.labels, jnp.int32),
         )
         for part in parts

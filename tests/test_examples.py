@@ -86,16 +86,18 @@ def idx(array):
     return bytes([0, 0, 8, np.ndim(array)]) + shape + np.asarray(array, np.uint8).tobytes()
 
 
-def test_digits_from_a_folder_train_as_scikit_learns_do(example, tmp_path):
+def test_digits_from_a_folder_train_as_scikit_learns_do(example, tmp_path, capsys):
     digits = example("digits")
     data = digits.load()
+    data = data._replace(test=digits.Examples(data.test.x[:300], data.test.labels[:300]))
     for name, sign, part in (("train", "-", data.training), ("t10k", ".", data.test)):
-        images = np.asarray(part.x * 16).reshape(-1, 8, 8)
+        images = np.asarray(part.x * 240).reshape(-1, 8, 8)
         (tmp_path / f"{name}-images{sign}idx3-ubyte").write_bytes(idx(images))
         (tmp_path / f"{name}-labels{sign}idx1-ubyte.gz").write_bytes(gzip.compress(idx(part.labels)))
     options = ["--epochs", "2", "--hidden", "16", "--output", str(tmp_path / "a.png")]
     result = digits.main([*options, "--data", str(tmp_path)])
     assert result.history == digits.train(digits.parse(options), data)[1]
+    assert "of 300 images" in capsys.readouterr().out
 
 
 IMAGES, LABELS = idx(np.ones((3, 2, 2))), idx([0, 1, 2])
