@@ -22,6 +22,7 @@ def example(monkeypatch):
         spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])  # tokamax reads pytest's options otherwise
         spec.loader.exec_module(module)
         return module
 
