@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from digits import CLASSES, Examples, accuracy, checked, load, picture_path
+from digits import Data, Examples, accuracy, checked, load, picture_path
 from jax.flatten_util import ravel_pytree
 
 import jaxsoftmax as js
@@ -35,9 +35,9 @@ class Run(NamedTuple):
         return int(reached[0]) if reached.size else None
 
 
-def saturated_network(training: Examples) -> js.Network:
+def saturated_network(data: Data) -> js.Network:
     """A random network whose bias puts class 0 eight nats ahead."""
-    network = js.init_network(jax.random.key(0), training.x.shape[1], 32, CLASSES)
+    network = js.init_network(jax.random.key(0), data.training.x.shape[1], 32, data.classes)
     bias = network.output.bias.at[0].add(8.0)
     return network._replace(output=network.output._replace(bias=bias))
 
@@ -94,10 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Run]:
     )
     options = parser.parse_args(arguments)
 
-    training, _ = load()
-    network = saturated_network(training)
+    data = load()
+    network = saturated_network(data)
     costs = {"quadratic": js.quadratic_cost, "log-likelihood": js.log_likelihood_cost}
-    runs = {name: train(cost, network, training, options.epochs) for name, cost in costs.items()}
+    runs = {name: train(cost, network, data.training, options.epochs) for name, cost in costs.items()}
     for name, run in runs.items():
         needed = (
             f"{run.epochs_needed} epochs"

@@ -1,5 +1,6 @@
 """The examples run small, and their results are right."""
 
+import gzip
 import importlib.util
 import itertools
 import math
@@ -24,6 +25,7 @@ def example(monkeypatch):
         spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])  # tokamax reads pytest's options otherwise
         spec.loader.exec_module(module)
         return module
 
@@ -66,6 +68,7 @@ def test_digits_gives_the_same_result_for_the_same_seed(example, tmp_path):
         (["--seed", "-1"], "--seed: must be a whole number from 0"),
         (["--output", "picture.xyz"], "--output: must end in one of ."),
         (["--output", "no/such/folder/a.png"], "--output: cannot be written: "),
+        (["--data", "no/such/folder"], "--data: no/such/folder: no such folder"),
     ],
 )
 def test_digits_refuses_nonsense(example, capsys, arguments, message):
@@ -79,6 +82,70 @@ def test_digits_says_when_training_diverged(example, tmp_path):
     output = tmp_path / "a.png"
     with pytest.raises(SystemExit, match="training diverged"):
         example("digits").main(["--epochs", "3", "--learning-rate", "1e30", "--output", str(output)])
+    assert not output.exists()
+
+
+def idx(array):
+    shape = np.array(np.shape(array), ">u4").tobytes()
+    return bytes([0, 0, 8, np.ndim(array)]) + shape + np.asarray(array, np.uint8).tobytes()
+
+
+def test_digits_from_a_folder_train_as_scikit_learns_do(example, tmp_path, capsys, monkeypatch):
+    digits = example("digits")
+    monkeypatch.setattr(digits, "gradient_four_ways", lambda *_: {"another test's": {}})
+    data = digits.load()
+    data = data._replace(test=digits.Examples(data.test.x[:300], data.test.labels[:300]))
+    for name, sign, part in (("train", "-", data.training), ("t10k", ".", data.test)):
+        images = np.asarray(part.x * 240).reshape(-1, 8, 8)
+        (tmp_path / f"{name}-images{sign}idx3-ubyte").write_bytes(idx(images))
+        (tmp_path / f"{name}-labels{sign}idx1-ubyte.gz").write_bytes(gzip.compress(idx(part.labels)))
+    options = ["--epochs", "2", "--hidden", "16", "--output", str(tmp_path / "a.png")]
+    result = digits.main([*options, "--data", str(tmp_path)])
+    assert result.history == digits.train(digits.parse(options), data)[1]
+    assert "of 300 images" in capsys.readouterr().out
+
+
+IMAGES, LABELS = idx(np.ones((3, 2, 2))), idx([0, 1, 2])
+COMPRESSED = gzip.compress(IMAGES, mtime=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train-images", None, "no such file, nor train-images.idx3-ubyte, train-images-idx3-ubyte.gz, "),
+        ("train-images", b"", "ends after 0 of the 16 bytes of its header"),
+        ("t10k-labels", LABELS[:6], "ends after 6 of the 8 bytes of its header"),
+        ("train-images", IMAGES[:-1], "truncated: its header announces 3 × 2 × 2 bytes, 11 follow"),
+        ("t10k-images", IMAGES + b"!", "too long: its header announces 3 × 2 × 2 bytes, 13 follow"),
+        ("train-images", LABELS, "starts with 00 00 08 01, where bytes along 3 axes start with"),
+        ("train-labels", b"P5 9", "starts with 50 35 20 39, where bytes along 1 axis start with"),
+        ("t10k-images", idx(np.ones((0, 2, 2))), "holds nothing, its header announces 0 × 2 × 2 bytes"),
+        ("train-labels", idx([0, 1]), "has 2 labels for 3 images in train-images-idx3-ubyte"),
+        ("t10k-images", idx(np.ones((3, 1, 4))), "has images of 1 × 4 pixels, where those for"),
+        ("t10k-labels", idx([0, 3, 1]), "has label 3, where those for training end with 2"),
+        ("train-images.gz", IMAGES, "Not a gzipped file"),
+        ("train-images.gz", COMPRESSED[:-9], "Compressed file ended before the end-of-stream marker"),
+        ("train-images.gz", COMPRESSED[:-8] + b"!" * 8, "CRC check failed"),
+        ("train-images.gz", COMPRESSED[:10] + b"!" * 20, "Error -3 while decompressing data"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_digits_says_which_file_is_damaged(example, tmp_path, capsys, name, content, message):
+    for part in ("train", "t10k"):
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(IMAGES)
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(LABELS)
+    name, _, end = name.partition(".")
+    damaged = tmp_path / f"{name}-idx{3 if 'images' in name else 1}-ubyte"
+    damaged.unlink()
+    if end:
+        damaged = damaged.with_suffix(".gz")
+    if content is not None:
+        damaged.write_bytes(content)
+    output = tmp_path / "a.png"
+    with pytest.raises(SystemExit) as stopped:
+        example("digits").main(["--data", str(tmp_path), "--output", str(output)])
+    assert stopped.value.code == 2
+    assert f"argument --data: {damaged}: {message}" in capsys.readouterr().err
     assert not output.exists()
 
 
@@ -248,3 +315,18 @@ def test_language_model_refuses_nonsense_and_says_when_training_diverged(
     with pytest.raises(SystemExit, match="training diverged"):
         main(tiny(small_text, picture, "--learning-rate", "1e30"))
     assert not picture.exists()
+
+
+@pytest.mark.parametrize("framework", ["flax_nnx", "equinox_mlp"])
+def test_frameworks_learn_the_same_with_one_line_changed(example, framework):
+    accuracy, difference = example(framework).main([])
+    assert list(accuracy) == list(difference) == ["optax_cost", "dense_cost", "head_cost"]
+    assert min(accuracy.values()) >= 0.97
+    assert max(difference.values()) < 1e-6
+
+
+def test_gradient_accumulation_needs_the_whole_weight(example):
+    errors = example("gradient_accumulation").main()
+    assert errors.pop("mean of the means") > 0.1
+    assert len(errors) == 2
+    assert max(errors.values()) < 1e-6
