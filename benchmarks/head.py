@@ -32,9 +32,10 @@ SHAPES = [
     (4096, 128, 100, "float32"),
     (1024, 256, 8192, "bfloat16"),
 ]
-BLOCKS = [16, 32, 64, 108, 128, None, 512, 2048]
+BLOCKS = [16, 32, 64, 100, 128, None, 512, 2048]
 CLASSES = [1_000, 8_000, 32_000, 128_000, 1_000_000]
 ROWS = [256, 1024, 4096, 16384]
+GROWN = 256  # features
 TORCH_PEERS = ["PyTorch", "cut-cross-entropy"]
 HERE = Path(__file__).parent
 
@@ -226,15 +227,15 @@ def grown(shapes: list[tuple[int, int]], block_size: int | None) -> list[tuple[f
     cost = partial(js.linear_log_likelihood_cost, block_size=block_size)
     runs, memory = {}, []
     for rows, classes in shapes:
-        arguments = layer(rows, 64, classes, "float32")
+        arguments = layer(rows, GROWN, classes, "float32")
         compiled = jax.jit(with_gradient(cost)).lower(*arguments).compile()
         memory.append(temporary_bytes(compiled) / 1e6)
         runs[f"{rows}, {classes}"] = lambda call=compiled, arguments=arguments: jax.block_until_ready(
             call(*arguments)
         )
-    seconds = medians(runs, 7).values()
+    seconds = medians(runs, 5).values()
     return [
-        (taken * 1e9 / (64 * rows * classes), megabytes)
+        (taken * 1e9 / (GROWN * rows * classes), megabytes)
         for taken, megabytes, (rows, classes) in zip(seconds, memory, shapes, strict=True)
     ]
 
@@ -242,17 +243,17 @@ def grown(shapes: list[tuple[int, int]], block_size: int | None) -> list[tuple[f
 def main() -> None:
     """Measures, prints and saves."""
     lines = peers() + blocks()
-    by_classes = grown([(256, classes) for classes in CLASSES], None)
+    by_classes = grown([(1024, classes) for classes in CLASSES], None)
     by_rows = grown([(rows, 32_000) for rows in ROWS], 128)
     lines += [
         "",
-        "Growth of the head, 64 features: time for each row, feature and class; temporary memory.",
+        f"Growth of the head, {GROWN} features: time for each row, feature and class; temporary memory.",
         "By classes at the default block size, by rows at 128.",
         "",
         "| rows | classes | nanoseconds | megabytes |",
         "|---|---|---|---|",
     ]
-    shapes = [(256, classes) for classes in CLASSES] + [(rows, 32_000) for rows in ROWS]
+    shapes = [(1024, classes) for classes in CLASSES] + [(rows, 32_000) for rows in ROWS]
     for (rows, classes), (nanoseconds, megabytes) in zip(shapes, by_classes + by_rows, strict=True):
         lines.append(f"| {rows} | {classes} | {nanoseconds:.4f} | {megabytes:.0f} |")
         print(lines[-1])
@@ -265,7 +266,7 @@ def draw(by_classes: list[tuple[float, float]], by_rows: list[tuple[float, float
     plt.switch_backend("agg")
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
     for axes, counts, found, title, other in (
-        (panels[0], CLASSES, by_classes, "256 rows, by classes", 256),
+        (panels[0], CLASSES, by_classes, "1,024 rows, by classes", 1024),
         (panels[1], ROWS, by_rows, "32,000 classes in blocks of 128 rows, by rows", 32_000),
     ):
         axes.loglog(counts, [megabytes for _, megabytes in found], "o-", label="head, beyond its results")

@@ -405,6 +405,27 @@ def test_statistics(soft):
     assert without.entropy.shape == (13, 1)
 
 
+def test_predicts_the_first_of_the_largest_to_the_last_digit():
+    above = np.nextafter(np.float32(1), np.float32(2))
+    w = jnp.array([[1, above, above, 1], [above, 1, 1, above], [1, 1, 1, 1]])
+    assert list(js.head_statistics(jnp.eye(3), w, jnp.zeros(4)).prediction) == [1, 0, 0]
+    biased = js.head_statistics(jnp.eye(3), w, jnp.array([0.0, 0, 0, 1]), num_classes=3)
+    assert list(biased.prediction) == [1, 0, 0]
+
+
+@pytest.mark.parametrize("softcap", [None, 300.0])
+def test_a_bias_may_decide_by_hundreds_of_nats(softcap):
+    x, w, _ = layer(6, 4, 5000, jnp.float32)
+    b = jnp.zeros(5000).at[7].set(250)
+    labels = jnp.array([7, 7, 7, 1, 2, 3])
+
+    def value_and_gradients(cost):
+        return jax.jit(jax.value_and_grad(partial(cost, softcap=softcap), (0, 1, 2)))(x, w, b, labels)
+
+    actual = value_and_gradients(partial(js.linear_log_likelihood_cost, block_size=2))
+    assert_close(actual, value_and_gradients(dense), ulps=32)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_exports(platform):
     x, w, b = layer(64, 8, 50, jnp.float32)
