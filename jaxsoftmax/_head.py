@@ -72,7 +72,8 @@ def linear_log_likelihood_cost(
         block_size: How many rows of logits are held at once, at most: the rows are divided evenly. None
             takes an eighth of the rows, or as many as make 2²⁴ logits if they are fewer; but at least
             128, or a fifth of the rows if that is less, and at least 64. Up to 2²⁰ logits are one block.
-            The gradient's memory beyond its results is one such block, and a few megabytes.
+            The gradient's memory beyond its results is about one such block in float32, two with
+            `num_classes`, and a few megabytes.
 
     Returns:
         Cost in nats, float32 (float64 for float64 features): a scalar, or (*batch) for "none". It is
@@ -154,7 +155,8 @@ def head_statistics(
         For each example (*batch), in nats and float32 (float64 for float64 features):
         `log_normalizer` ln Σ_k exp z_k, `prediction` the first class with the largest logit (int32),
         `entropy` −Σ_k a_k ln a_k, and `label_log_likelihood` Σ_k y_k ln a_k, None without labels.
-        NaN or +inf among an example's logits, or only −inf, makes it NaN, and its prediction any class;
+        NaN or +inf among an example's logits makes it NaN, and its prediction any class; so do logits
+        that are all −inf, whose log-normaliser is −inf;
         so does, for the label's log-likelihood, a label under jit that names no class.
 
     Raises:
@@ -346,10 +348,10 @@ def _logits(plan, product, layer):
     if plan.num_classes < classes:
         exists = jnp.arange(classes) < plan.num_classes
         z = jnp.where(exists, z, -jnp.inf)
-        offsets = jnp.where(exists, 0 if offsets is None else offsets, -jnp.inf).astype(dtype)
     # Taken from the product, since the compiler would store both product and logits for two uses of
-    # the logits. Of capped logits it stores one.
-    maximum = row_maximum(product, offsets) if layer.softcap is None else row_maximum(z)
+    # the logits. Of capped logits it stores one, and in padding the product may be infinite.
+    is_plain = layer.softcap is None and exists is None
+    maximum = row_maximum(product, offsets) if is_plain else row_maximum(z)
     return _Logits(z, maximum, exists)
 
 
