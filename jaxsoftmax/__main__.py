@@ -46,7 +46,8 @@ def cases(dtype: str) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]
     yield "log_likelihood_cost, options", partial(js.log_likelihood_cost, **options), (logits, labels)
     yield "quadratic_cost", js.quadratic_cost, (logits, labels)
     head = js.linear_log_likelihood_cost
-    yield "linear_log_likelihood_cost", head, (x, w, b, labels)
+    # In blocks, since one block has no rule of its own.
+    yield "linear_log_likelihood_cost", partial(head, block_size=24), (x, w, b, labels)
     blocks = partial(head, reduction="none", block_size=24, softcap=30.0, num_classes=CLASSES - 1)
     yield "linear_log_likelihood_cost, blocks", blocks, (x, w, b, labels % (CLASSES - 1))
     yield "weight_penalty", js.weight_penalty, (network,)

@@ -155,9 +155,9 @@ def head_statistics(
         For each example (*batch), in nats and float32 (float64 for float64 features):
         `log_normalizer` ln Σ_k exp z_k, `prediction` the first class with the largest logit (int32),
         `entropy` −Σ_k a_k ln a_k, and `label_log_likelihood` Σ_k y_k ln a_k, None without labels.
-        NaN or +inf among an example's logits makes it NaN, and its prediction any class; so do logits
-        that are all −inf, whose log-normaliser is −inf;
-        so does, for the label's log-likelihood, a label under jit that names no class.
+        NaN or +inf among an example's logits makes it NaN, and its prediction any class, as do logits
+        that are all −inf but for their log-normaliser, −inf. A label under jit that names no class makes
+        the label's log-likelihood NaN.
 
     Raises:
         TypeError: As for `linear_log_likelihood_cost`.
@@ -432,6 +432,11 @@ def _turned_bwd(_, cotangent):
 _turned.defvjp(_turned_fwd, _turned_bwd)
 
 
+def _scaled(factor, array):
+    """The product, 0 for a factor of 0 whatever the array holds: what nobody counts has no gradient."""
+    return jnp.where(factor == 0, 0, factor * array.astype(factor.dtype))
+
+
 # The cost of all rows together, times the scale; its gradient is formed together with it.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(plan, layer, rows, scale):
@@ -449,11 +454,6 @@ def _total_fwd(plan, layer, rows, scale):
 def _total_bwd(_, residuals, cotangent):
     gradients, like = residuals
     return _cast(jax.tree.map(partial(_scaled, cotangent), gradients), like)
-
-
-def _scaled(factor, array):
-    """The product, 0 for a factor of 0 whatever the array holds: what nobody counts has no gradient."""
-    return jnp.where(factor == 0, 0, factor * array.astype(factor.dtype))
 
 
 _total.defvjp(_total_fwd, _total_bwd)
