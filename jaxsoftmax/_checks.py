@@ -108,7 +108,7 @@ def as_labels(
 
 
 def _check_range(labels: ArrayLike, classes: int, weight: ArrayLike | None) -> None:
-    if not (_is_known(labels) and (weight is None or _is_known(weight))):
+    if not (is_known(labels) and (weight is None or is_known(weight))):
         return
     known = np.asarray(labels)
     if weight is not None:
@@ -127,7 +127,7 @@ def _as_index(labels: Array, classes: int) -> Array:
     return jnp.where(exists, labels, -1).astype(jnp.int32)
 
 
-def _is_known(value: ArrayLike) -> bool:
+def is_known(value: ArrayLike) -> bool:
     """Whether the numbers can be read here and now, without waiting for another machine."""
     if isinstance(value, Tracer):
         return False
@@ -170,9 +170,9 @@ def as_number(
     kinds = (jnp.floating, jnp.integer)
     if array.ndim or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise TypeError(f"{name} must be a real scalar, got {array.dtype} of shape {array.shape}")
-    if positive and _is_known(value) and not 0 < np.asarray(value) < np.inf:
+    if positive and is_known(value) and not 0 < np.asarray(value) < np.inf:
         raise ValueError(f"{name} must be a number above 0, got {value}")
-    if _is_known(value) and not 0 <= np.asarray(value) <= most:
+    if is_known(value) and not 0 <= np.asarray(value) <= most:
         limit = "at least 0" if most == np.inf else f"from 0 to {most}"
         raise ValueError(f"{name} must be {limit}, got {value}")
     return float(value) if isinstance(value, int | float) else array.astype(dtype)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Integer
 
 from ._checks import (
@@ -20,6 +22,7 @@ from ._checks import (
     as_labels,
     as_number,
     as_weights,
+    is_known,
 )
 from ._cost import Options, Reduction, as_options, example_costs, reduced, total_weight
 from ._softmax import first_largest, leave_out, pick, reduce_rows, row_maximum, sum_of_other_exponentials
@@ -91,9 +94,11 @@ def linear_log_likelihood_cost(
             and gradient.
 
     Note:
-        Under `jax.vmap` with shared weights, float32 or wider examples of one block share their gradient
-        too. Those of more blocks, and narrow ones, have a copy of it each: pass further batch axes as
-        leading axes of `features` instead, which also takes blocks across examples.
+        Under `jax.vmap` with shared weights the examples share the weights' gradient too: larger ones
+        take four products then, in float32 at least, and the block is one of each example. With a jit,
+        scan or checkpoint between vmap and this call, it cannot know, and examples of several blocks,
+        and narrow ones, have a copy of that gradient each. Further batch axes as leading axes of
+        `features` have neither cost, and take blocks across examples.
 
     Example:
         >>> x, w = jnp.ones((4, 2)), jnp.zeros((2, 50_000))
@@ -111,8 +116,13 @@ def linear_log_likelihood_cost(
     layer = layer._replace(options=as_options(class_weight, label_smoothing, z_loss, classes, dtype))
     rows = _flat(_Rows(x, labels, v), len(batch))
     weight = total_weight(rows.labels, rows.sample_weight, layer.options.class_weight)
-    if x.dtype == dtype and plan.block_size >= math.prod(batch):
+    if shared := _is_shared(rows, layer.weights):
+        rows = rows._replace(features=rows.features.astype(dtype))
+        layer = layer._replace(weights=layer.weights.astype(dtype))
+    if rows.features.dtype == dtype and plan.block_size >= math.prod(batch):
         costs = jnp.reshape(_whole(plan, layer, rows), batch)
+    elif shared:
+        costs = jnp.reshape(_recomputed(plan, layer, rows), batch)
     elif reduction == "none":
         costs = jnp.reshape(_each(plan, layer, rows), batch)
     else:
@@ -239,6 +249,27 @@ def _block_size(rows, classes):
 def _flat(rows, axes):
     """Rows in one axis instead of the leading `axes`."""
     return jax.tree.map(lambda a: a.reshape(math.prod(a.shape[:axes]), *a.shape[axes:]), rows)
+
+
+# A rule's gradient of weights that `vmap` shares would be one for each example, summed afterwards.
+# Plain autodiff sums before; so this tells, as far as a trace can, whether the examples share them.
+@custom_vmap
+def _shares(_rows, _weights):
+    return np.zeros((), bool)
+
+
+@_shares.def_vmap
+def _shares_under_vmap(_size, in_batched, rows, weights):
+    rows_batched, weights_batched = in_batched
+    if any(jax.tree.leaves(rows_batched)) and not weights_batched:
+        return np.ones((), bool), False
+    first = partial(jax.tree.map, lambda array, is_batched: array[0] if is_batched else array)
+    return _shares(first(rows, rows_batched), first(weights, weights_batched)), False
+
+
+def _is_shared(rows, weights):
+    shares = _shares(*jax.lax.stop_gradient((rows, weights)))
+    return is_known(shares) and bool(shares)
 
 
 # No loop is made for one round: XLA on the CPU cannot run narrow products from a loop it has unrolled.
@@ -412,6 +443,13 @@ def _whole(plan, layer, rows):
     # Not for more classes, which would have the larger gradient copied.
     product = _product(x, _turned(w) if x.shape[0] >= 8 * w.shape[1] else w)
     return _costs(plan, product, layer, rows)
+
+
+@partial(jax.jit, static_argnums=0)
+def _recomputed(plan, layer, rows):
+    """The cost of each row, without a rule for all blocks: each is computed again for its gradient."""
+    cost = jax.checkpoint(partial(_whole, plan))
+    return _over_blocks(plan, lambda _, rows, __: (None, cost(layer, rows)), rows)[1]
 
 
 # The weights themselves. Their gradient xᵀ D, a sum over many rows for few classes, is taken as the

@@ -228,22 +228,55 @@ def test_no_product_that_nobody_asked_for():
         assert products(jax.value_and_grad(function, (0, 1)), x, w) == pytest.approx(3, abs=0.1)
 
 
-@pytest.mark.parametrize("rows", [(), (4,)])
+@pytest.mark.parametrize(
+    ("rows", "block_size", "dtype"),
+    [
+        ((), None, jnp.float32),
+        ((12,), 4, jnp.float32),
+        ((4,), None, jnp.bfloat16),
+        ((9,), 4, jnp.float16),
+    ],
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_examples_under_vmap_share_the_gradient_of_their_weights(rows, reduction):
-    batch, features, classes = 64, 128, 4096
+def test_examples_under_vmap_share_the_gradient_of_their_weights(rows, block_size, dtype, reduction):
+    batch, features, classes = 64, 512, 4096
     shapes = [(features, classes), (classes,), (batch, *rows, features)]
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     labels = jax.ShapeDtypeStruct((batch, *rows), jnp.int32)
 
     def cost(w, b, x, labels):
         def one(x, label):
-            return js.linear_log_likelihood_cost(x, w, b, label, reduction=reduction).sum()
+            return js.linear_log_likelihood_cost(
+                x, w, b, label, reduction=reduction, block_size=block_size
+            ).sum()
 
         return jax.vmap(one)(x, labels).mean()
 
     compiled = jax.jit(jax.grad(cost, (0, 1, 2))).lower(*arguments, labels).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < batch * features * classes * 4 / 8
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_examples_of_several_blocks_under_vmap(reduction, dtype):
+    x, w, b = layer(15, 4, 9, dtype)
+    x, labels = x.reshape(3, 5, 4), random_labels((15, 9)).reshape(3, 5)
+    several = jnp.stack([w, -w])
+
+    def gradients(cost):
+        def total(w, b, x):
+            return jax.vmap(lambda x, label: cost(x, w, b, label).sum())(x, labels).sum()
+
+        return (
+            jax.grad(total, (0, 1, 2))(w, b, x),
+            jax.vmap(jax.grad(lambda w, x, label: cost(x, w, b, label).sum()), (None, 0, 0))(
+                w, x, labels
+            ),
+            jax.grad(lambda several: jax.vmap(total, (0, None, None))(several, b, x).sum())(several),
+        )
+
+    head = partial(js.linear_log_likelihood_cost, reduction=reduction, block_size=2)
+    assert_close(gradients(head), gradients(partial(dense, reduction=reduction)), ulps=32)
 
 
 def test_few_classes_and_many_rows():
