@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ._checks import (
+    Axes,
     FloatArray,
     LabelArray,
     MaskArray,
+    MeshAxis,
     Number,
     WeightArray,
     arithmetic_dtype,
@@ -20,14 +22,20 @@ from ._checks import (
     as_number,
     as_weights,
     as_where,
+    spread_over,
 )
 from ._softmax import (
     LIFT,
     RowSums,
     apart,
+    class_count,
+    custom_vjp_static_first,
+    first_class,
     is_class,
+    is_here,
     is_sharded,
     lifted_roots,
+    over_classes,
     pick,
     pull_back_softmax,
     reduce_rows,
@@ -53,6 +61,7 @@ def log_likelihood_cost(
     z_loss: Number = 0.0,
     reduction: Reduction = "mean",
     normalizer: Number | None = None,
+    class_axis: MeshAxis = None,
 ) -> Float[Array, "..."]:
     """Log-likelihood cost of the softmax of `logits`: C = −Σ_k y_k ln a_k, also called cross-entropy.
 
@@ -82,6 +91,9 @@ def log_likelihood_cost(
             there are no weights), "sum" adds, "none" returns a cost for each example.
         normalizer: What "mean" divides by instead: a global number of tokens, or that of a whole batch
             accumulated in parts.
+        class_axis: Inside `jax.shard_map`, the mesh axis or axes that the classes of `logits`,
+            probability labels and `class_weight` are spread over; elsewhere none is needed, sharded or
+            not. Sums over classes go over all devices then, and sums over examples over this one's.
 
     Returns:
         Cost in nats, float32 (float64 for float64 logits): a scalar, or (*batch) for "none". It is
@@ -108,14 +120,15 @@ def log_likelihood_cost(
         Prieto et al. (2025), "Grokking at the edge of numerical stability", arXiv:2501.04697, on what
         training loses to costs rounded to 0.
     """
-    z, labels, v = _as_examples(logits, labels, axis, sample_weight)
+    z, labels, v, axes = _as_examples(logits, labels, axis, sample_weight, class_axis)
     options = as_options(class_weight, label_smoothing, z_loss, z.shape[-1], arithmetic_dtype(z.dtype))
     exists = None
     if where is not None:
         exists = jnp.moveaxis(as_where(where, jnp.shape(logits)), axis, -1)
         z = jnp.where(exists, z, -jnp.inf)
-    cost = example_costs(z, labels, v, options, exists, row_maximum(z))
-    return reduced(cost, total_weight(labels, v, w=options.class_weight), reduction, normalizer)
+    cost = example_costs(z, labels, v, options, exists, row_maximum(z, axes=axes), axes)
+    weight = total_weight(labels, v, options.class_weight, axes)
+    return reduced(cost, weight, reduction, normalizer)
 
 
 def quadratic_cost(
@@ -125,6 +138,7 @@ def quadratic_cost(
     axis: int = -1,
     sample_weight: WeightArray | None = None,
     reduction: Reduction = "mean",
+    class_axis: MeshAxis = None,
 ) -> Float[Array, "..."]:
     """Quadratic cost of the softmax of `logits`: C = ½ Σ_k (a_k − y_k)².
 
@@ -139,6 +153,7 @@ def quadratic_cost(
         axis: As for `log_likelihood_cost`.
         sample_weight: As for `log_likelihood_cost`.
         reduction: As for `log_likelihood_cost`.
+        class_axis: As for `log_likelihood_cost`.
 
     Returns:
         Cost, a pure number between 0 and 1 for each example, float32 (float64 for float64 logits): a
@@ -157,9 +172,9 @@ def quadratic_cost(
     References:
         Nielsen (2015), "Neural Networks and Deep Learning", chapter 3, on the learning slowdown.
     """
-    z, labels, weight = _as_examples(logits, labels, axis, sample_weight)
+    z, labels, weight, axes = _as_examples(logits, labels, axis, sample_weight, class_axis)
     z = z.astype(arithmetic_dtype(z.dtype))
-    cost = _quadratic(z, _as_targets(labels, weight, z.dtype))
+    cost = _quadratic(axes, z, _as_targets(labels, weight, z.dtype))
     if weight is not None:
         cost = _weighted(weight, cost)
     return reduced(cost, total_weight(labels, weight), reduction, None)
@@ -224,6 +239,7 @@ def example_costs(
     options: Options,
     exists: Array | None,
     m: Float[Array, "*batch 1"],
+    axes: Axes = (),
 ) -> Float[Array, "*batch"]:
     """What each example costs, its sample weight v included.
 
@@ -233,20 +249,20 @@ def example_costs(
     w, alpha, zeta = options
     labels = _as_targets(labels, v, m.dtype)
     if _is_probability(labels):
-        q = labels if alpha is None else (1 - alpha) * labels + alpha * _even(exists, m, z.shape[-1])
-        cost, log_sum = _target_cost(z.astype(m.dtype), q if w is None else w * q)
+        q = labels if alpha is None else (1 - alpha) * labels + alpha * _even(exists, z, m.dtype, axes)
+        cost, log_sum = _target_cost(axes, z.astype(m.dtype), q if w is None else w * q)
     else:
-        cost, log_sum = _label_cost(z, m, labels)
+        cost, log_sum = _label_cost(axes, z, m, labels)
     if v is not None:
         ignored = (v == 0) & ~jnp.isfinite(cost + log_sum)
         cost, log_sum = (jnp.where(ignored, 0, each) for each in (cost, log_sum))
         z, m = (jnp.where(ignored[..., None], 0, each) for each in (z, m))
-    class_weight = None if w is None else _class_weight(labels, w)
+    class_weight = None if w is None else _class_weight(labels, w, axes)
     if not _is_probability(labels):
         cost = cost if w is None else _weighted(class_weight, cost)
         if alpha is not None:
-            even = alpha * _even(exists, m, z.shape[-1])
-            shared = _shared_cost(z, m, log_sum, even if w is None else w * even, v)
+            even = alpha * _even(exists, z, m.dtype, axes)
+            shared = _shared_cost(z, m, log_sum, even if w is None else w * even, v, axes)
             cost = _weighted(1 - alpha, cost) + shared
     if zeta is not None:
         squared = jnp.square(m[..., 0] + log_sum)
@@ -255,26 +271,31 @@ def example_costs(
 
 
 def total_weight(
-    labels: Array, v: Float[Array, "*batch"] | None, w: Float[Array, " classes"] | None = None
+    labels: Array,
+    v: Float[Array, "*batch"] | None,
+    w: Float[Array, " classes"] | None = None,
+    axes: Axes = (),
 ) -> Array | int:
     """What all examples together weigh in the mean: Σ_n v Σ_k w_k y_k."""
     if w is not None:
-        weight = _class_weight(_as_targets(labels, v, w.dtype), w)
+        weight = _class_weight(_as_targets(labels, v, w.dtype), w, axes)
         return jnp.sum(weight if v is None else _weighted(v, weight))
     if v is not None:
         return jnp.sum(v)
     return math.prod(labels.shape[:-1] if _is_probability(labels) else labels.shape)
 
 
-def _as_examples(logits, labels, axis, sample_weight):
-    """Checked logits and labels with the classes last, and sample weights in the dtype to compute in."""
+def _as_examples(logits, labels, axis, sample_weight, class_axis):
+    """All checked: logits and labels with the classes last, sample weights, axes of the classes."""
     array, axis = as_logits(logits, axis)
+    axes = spread_over("logits", array, "class_axis", class_axis)
     v = None
     if sample_weight is not None:
         batch = array.shape[:axis] + array.shape[axis + 1 :]
         v = as_weights(sample_weight, batch, arithmetic_dtype(array.dtype))
-    labels = as_labels(labels, array.shape, axis, sample_weight)
-    return jnp.moveaxis(array, axis, -1), labels, v
+    z = jnp.moveaxis(array, axis, -1)
+    labels = as_labels(labels, array.shape, axis, sample_weight, class_count(z, axes))
+    return z, labels, v, axes
 
 
 def _as_targets(labels, v, dtype):
@@ -285,15 +306,18 @@ def _as_targets(labels, v, dtype):
     return y if v is None else jnp.where((v == 0)[..., None] & ~jnp.isfinite(y), 0, y)
 
 
-def _class_weight(labels, w):
+def _class_weight(labels, w, axes):
     """Σ_k w_k y_k for each example; NaN where an integer label names no class."""
     if _is_probability(labels):
-        return jnp.sum(w * labels, axis=-1)
+        return over_classes(jnp.sum, w * labels, axes)[..., 0]
+    number = labels - first_class(w, axes)
     if is_sharded(labels) or is_sharded(w):
         own = jnp.arange(w.shape[0], dtype=labels.dtype) == labels[..., None]
         weight = jnp.sum(jnp.where(own, w, 0), axis=-1)
     else:
-        weight = jnp.take(w, labels, mode="clip")
+        weight = jnp.take(w, number, mode="clip")
+    if axes:
+        weight = jax.lax.psum(jnp.where(is_here(number, w), weight, 0), axes)
     return jnp.where(labels < 0, jnp.nan, weight)
 
 
@@ -322,19 +346,19 @@ def reduced(
     return jnp.where(weight == 0, 0, jnp.sum(cost) / jnp.where(weight == 0, 1, weight))
 
 
-def _even(exists, like, classes):
-    """The even distribution: 1/K for each class that exists, 0 for the others, in the dtype of `like`."""
+def _even(exists, z, dtype, axes):
+    """The even distribution over the classes of z: 1/K for each that exists, 0 for the others."""
     if exists is None:
-        return jnp.full(classes, 1 / classes, like.dtype)
-    exists = exists.astype(like.dtype)
-    return exists / jnp.maximum(jnp.sum(exists, axis=-1, keepdims=True), 1)
+        return jnp.full(z.shape[-1], 1 / class_count(z, axes), dtype)
+    exists = exists.astype(dtype)
+    return exists / jnp.maximum(over_classes(jnp.sum, exists, axes), 1)
 
 
-def _shared_cost(z, m, log_sum, even, v):
+def _shared_cost(z, m, log_sum, even, v, axes):
     """Σ_k c_k (−ln a_k) for the even part c of the target. Its gradient has nothing to lose."""
     nothing = even == 0 if v is None else (even == 0) | (v == 0)[..., None]
     surprise = log_sum[..., None] + (m - z.astype(m.dtype))
-    return jnp.sum(even * jnp.where(nothing & (z == -jnp.inf), 0, surprise), axis=-1)
+    return over_classes(jnp.sum, even * jnp.where(nothing & (z == -jnp.inf), 0, surprise), axes)[..., 0]
 
 
 def _unless_zero(number):
@@ -346,20 +370,27 @@ def _is_probability(labels):
     return jnp.issubdtype(labels.dtype, jnp.floating)
 
 
-def label_sums(logits: Float[Array, "*batch classes"], labels: Array) -> RowSums:
+def label_sums(logits: Float[Array, "*batch classes"], labels: Array, axes: Axes = ()) -> RowSums:
     """The row sums of logits, NaN in the row of an integer label that names no class."""
-    sums = row_sums(logits)
+    sums = row_sums(logits, axes)
     if _is_probability(labels):
         return sums
     return sums._replace(rest=jnp.where(labels[..., None] < 0, jnp.nan, sums.rest))
 
 
-def log_likelihood_gradient(sums: RowSums, labels: Array) -> Float[Array, "*batch classes"]:
+def log_likelihood_gradient(
+    sums: RowSums, labels: Array, axes: Axes = ()
+) -> Float[Array, "*batch classes"]:
     """∂C/∂z for each row: a − y where the targets sum to 1, without its cancellation."""
     a = sums.probabilities
     if _is_probability(labels):
-        return a * sum_of_others(labels) - labels * sums.complements
-    return jnp.where(is_class(a, labels[..., None]), -sums.complements, a)
+        return a * sum_of_others(labels, axes) - labels * sums.complements
+    return jnp.where(is_class(a, _number(labels, a, axes)), -sums.complements, a)
+
+
+def _number(labels, values, axes):
+    """The number of each label's class among this device's, along the last axis of `values`."""
+    return labels[..., None] - first_class(values, axes)
 
 
 # The cost of integer labels, −ln a_y, and ln Σ_k e_k, from which smoothing and z-loss are made.
@@ -367,11 +398,11 @@ def log_likelihood_gradient(sums: RowSums, labels: Array) -> Float[Array, "*batc
 #     −ln a_y = ln (1 + o / e_y)          which loses nothing where the label leads, and
 #             = (m − z_y) + ln (o + e_y)  where it does not, and e_y may be too small to divide by.
 # Neither needs m to be the maximum to the last digit: the compiler may round the logits otherwise there.
-@jax.custom_vjp
-def _label_cost(logits, maximum, labels):
-    index = labels[..., None]
-    others = sum_of_other_exponentials(logits, maximum, index)
-    return _from_label(logits, maximum, index, others)[:2]
+@custom_vjp_static_first
+def _label_cost(axes, logits, maximum, labels):
+    index = _number(labels, logits, axes)
+    others = sum_of_other_exponentials(logits, maximum, index, axes)
+    return _from_label(axes, logits, maximum, labels, others)[:2]
 
 
 class _LabelResiduals(NamedTuple):
@@ -380,29 +411,29 @@ class _LabelResiduals(NamedTuple):
     maximum: Array  # m
     own: Array  # e_y
     others: Array  # o
-    label: Array
+    label: Array  # Its number among the classes of this device.
 
 
-def _label_cost_fwd(logits, maximum, labels):
-    index = labels[..., None]
+def _label_cost_fwd(axes, logits, maximum, labels):
+    index = _number(labels, logits, axes)
     if logits.dtype == maximum.dtype:
         # The same maximum, but taken after the label's logit: then the roots can take the logits' place.
-        maximum = jnp.maximum(maximum, jax.lax.stop_gradient(pick(logits, index)))
+        maximum = jnp.maximum(maximum, jax.lax.stop_gradient(pick(logits, index, axes)))
         roots = jnp.where(is_class(logits, index), 0, lifted_roots(logits, maximum))
         # A barrier, or the compiler may take the exponentials twice: for the sum and for the gradient.
         roots = jax.lax.optimization_barrier(roots)
-        others = reduce_rows(jnp.sum, lambda roots, _: jnp.square(roots), roots) / LIFT**2
+        others = reduce_rows(jnp.sum, lambda roots, _: jnp.square(roots), roots, axes=axes) / LIFT**2
         kept = None, roots
     else:
-        others = sum_of_other_exponentials(logits, maximum, index)
+        others = sum_of_other_exponentials(logits, maximum, index, axes)
         kept = logits, None
-    cost, log_sum, own, others = _from_label(logits, maximum, index, others)
+    cost, log_sum, own, others = _from_label(axes, logits, maximum, labels, others)
     return (cost, log_sum), _LabelResiduals(*kept, maximum, own, others, index)
 
 
 # ∂C/∂z_j = a_j − δ_jy, which is e_j / (o + e_y) for j ≠ y and −o / (o + e_y) for the label;
 # m is held fixed, so ∂ ln Σ_k e_k/∂z_j = a_j.
-def _label_cost_bwd(residuals, cotangents):
+def _label_cost_bwd(_, residuals, cotangents):
     logits, roots, maximum, own, others, index = residuals
     d_cost, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
     at_label = d_log_sum * share(own, others) - d_cost * share(others, own)
@@ -422,11 +453,11 @@ def _label_cost_bwd(residuals, cotangents):
 _label_cost.defvjp(_label_cost_fwd, _label_cost_bwd)
 
 
-def _from_label(logits, maximum, index, others):
+def _from_label(axes, logits, maximum, labels, others):
     """−ln a_y, ln Σ_k e_k, e_y and o, which is NaN for a label that names no class."""
-    ahead = pick(logits, index).astype(maximum.dtype) - maximum
+    ahead = pick(logits, _number(labels, logits, axes), axes).astype(maximum.dtype) - maximum
     own = jnp.exp(ahead)
-    others = jnp.where(index < 0, jnp.nan, others)
+    others = jnp.where(labels[..., None] < 0, jnp.nan, others)
     leads = ahead > -1
     leading = jnp.log1p(others / jnp.where(leads, own, 1))
     log_sum = jnp.log(others + own)
@@ -442,9 +473,9 @@ def _is_positive(total):
 
 
 # The same for targets t, one for each class.
-@jax.custom_vjp
-def _target_cost(logits, targets):
-    return _target_cost_fwd(logits, targets)[0]
+@custom_vjp_static_first
+def _target_cost(axes, logits, targets):
+    return _target_cost_fwd(axes, logits, targets)[0]
 
 
 class _TargetResiduals(NamedTuple):
@@ -454,10 +485,11 @@ class _TargetResiduals(NamedTuple):
     targets: Array
 
 
-def _target_cost_fwd(logits, targets):
-    sums = row_sums(logits)
-    cost = jnp.sum(targets * _surprise(sums, logits, targets), axis=-1)
-    impossible = (jnp.sum(targets, axis=-1) > 0) & (sums.rest + sums.own == 0)[..., 0]
+def _target_cost_fwd(axes, logits, targets):
+    sums = row_sums(logits, axes)
+    cost = over_classes(jnp.sum, targets * _surprise(sums, logits, targets), axes)[..., 0]
+    total = over_classes(jnp.sum, targets, axes)
+    impossible = ((total > 0) & (sums.rest + sums.own == 0))[..., 0]
     cost = jnp.where(impossible, jnp.inf, cost)
     return (cost, sums.log_sum[..., 0]), _TargetResiduals(sums, cost, logits, targets)
 
@@ -468,12 +500,12 @@ def _target_cost_fwd(logits, targets):
 #                                                target the first term is 0, elsewhere the second
 #     ∂C/∂t_k = −ln a_k
 # and as above ∂ ln Σ_k e_k/∂z_j = a_j
-def _target_cost_bwd(residuals, cotangents):
+def _target_cost_bwd(axes, residuals, cotangents):
     sums, cost, logits, targets = residuals
     d_cost, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
     sound = jnp.isfinite(cost)[..., None] & _is_positive(sums.rest + sums.own)
     ignored = (d_cost == 0) & (d_log_sum == 0) & ~sound
-    gradient = d_cost * log_likelihood_gradient(sums, targets) + d_log_sum * sums.probabilities
+    gradient = d_cost * log_likelihood_gradient(sums, targets, axes) + d_log_sum * sums.probabilities
     d_targets = d_cost * _surprise(sums, logits, targets)
     return jnp.where(ignored, 0, gradient), jnp.where(ignored, 0, d_targets)
 
@@ -486,9 +518,9 @@ def _surprise(sums, logits, targets):
     return jnp.where((targets == 0) & (logits == -jnp.inf), 0, sums.surprises(logits))
 
 
-@jax.custom_vjp
-def _quadratic(logits, labels):
-    return _quadratic_fwd(logits, labels)[0]
+@custom_vjp_static_first
+def _quadratic(axes, logits, labels):
+    return _quadratic_fwd(axes, logits, labels)[0]
 
 
 class _QuadraticResiduals(NamedTuple):
@@ -497,29 +529,29 @@ class _QuadraticResiduals(NamedTuple):
     labels: Array
 
 
-def _quadratic_fwd(logits, labels):
-    sums = label_sums(logits, labels)
-    cost = jnp.sum(jnp.square(_difference(sums, labels)), axis=-1) / 2
+def _quadratic_fwd(axes, logits, labels):
+    sums = label_sums(logits, labels, axes)
+    cost = over_classes(jnp.sum, jnp.square(_difference(sums, labels, axes)), axes)[..., 0] / 2
     return cost, _QuadraticResiduals(sums, cost, labels)
 
 
 # C = ½ Σ_k d_k² with d = a − t, so ∂C/∂a = d, pulled back through the softmax, and ∂C/∂t = −d.
-def _quadratic_bwd(residuals, cotangent):
+def _quadratic_bwd(axes, residuals, cotangent):
     sums, cost, labels = residuals
     cotangent = cotangent[..., None]
     ignored = (cotangent == 0) & ~jnp.isfinite(cost)[..., None]
-    difference = _difference(sums, labels)
-    d_logits = jnp.where(ignored, 0, cotangent * pull_back_softmax(sums, difference))
+    difference = _difference(sums, labels, axes)
+    d_logits = jnp.where(ignored, 0, cotangent * pull_back_softmax(sums, difference, axes))
     if not _is_probability(labels):
         return d_logits, None
     return d_logits, jnp.where(ignored, 0, -cotangent * difference)
 
 
-def _difference(sums, labels):
+def _difference(sums, labels, axes):
     """The difference a − t as a (1 − t) − t (1 − a), exact where a rounds to 1."""
     if _is_probability(labels):
         return sums.probabilities * (1 - labels) - labels * sums.complements
-    return log_likelihood_gradient(sums, labels)
+    return log_likelihood_gradient(sums, labels, axes)
 
 
 _quadratic.defvjp(_quadratic_fwd, _quadratic_bwd)

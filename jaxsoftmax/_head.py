@@ -8,24 +8,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer
 
 from ._checks import (
     MOST_CLASSES,
+    Axes,
     FloatArray,
     LabelArray,
+    MeshAxis,
     Number,
     WeightArray,
     arithmetic_dtype,
+    as_axes,
     as_count,
     as_floats,
     as_labels,
     as_number,
     as_weights,
     is_known,
+    spread_over,
 )
 from ._cost import Options, Reduction, as_options, example_costs, reduced, total_weight
-from ._softmax import first_largest, leave_out, pick, reduce_rows, row_maximum, sum_of_other_exponentials
+from ._softmax import (
+    class_count,
+    custom_vjp_static_first,
+    first_class,
+    first_largest,
+    leave_out,
+    pick,
+    reduce_rows,
+    row_maximum,
+    sum_of_other_exponentials,
+)
 
 CHUNK = 2**19  # The most numbers of the weights' gradient that one product adds to.
 
@@ -44,6 +59,8 @@ def linear_log_likelihood_cost(
     normalizer: Number | None = None,
     softcap: Number | None = None,
     num_classes: int | None = None,
+    batch_axis: MeshAxis = None,
+    class_axis: MeshAxis = None,
     block_size: int | None = None,
 ) -> Float[Array, "..."]:
     """Log-likelihood cost of the layer `features @ weights + bias`, whose logits are never held at once.
@@ -72,11 +89,17 @@ def linear_log_likelihood_cost(
         num_classes: The classes that exist, if fewer than `weights` has columns. The others are
             padding, to be filled with any finite numbers: probability 0 and gradient 0. An integer
             label must be below it; a probability there costs +inf.
+        batch_axis: The axis or axes of the mesh over which the first axis of `features` is spread, and
+            with it labels, sample weights and costs. The mesh is that of `jax.set_mesh`, where arrays
+            have their full shapes and explicit axes need not be given, as types tell them; or that of
+            the `jax.shard_map` around this call, where arrays are each device's own part.
+        class_axis: As `batch_axis` for the columns of `weights`, and with them bias, class weights and
+            probability labels. Their number must divide evenly: pad, and give `num_classes`.
         block_size: How many rows of logits are held at once, at most: the rows are divided evenly. None
             takes an eighth of the rows, or as many as make 2²⁴ logits if they are fewer; but at least
             128, or a fifth of the rows if that is less, and at least 64. Up to 2²⁰ logits are one block.
             The gradient's memory beyond its results is about one such block in float32, two with
-            `num_classes`, and a few megabytes.
+            `num_classes`, and a few megabytes. On a mesh, rows and logits are those of one device.
 
     Returns:
         Cost in nats, float32 (float64 for float64 features): a scalar, or (*batch) for "none". It is
@@ -108,27 +131,17 @@ def linear_log_likelihood_cost(
     References:
         Wijmans et al. (2024), "Cut your losses in large-vocabulary language models", arXiv:2411.09009.
     """
-    x, layer, plan = _as_layer(features, weights, bias, softcap, num_classes, block_size)
+    x, layer, plan, places = _as_layer(
+        features, weights, bias, softcap, num_classes, batch_axis, class_axis, block_size
+    )
     batch, classes = x.shape[:-1], layer.weights.shape[-1]
     dtype = arithmetic_dtype(x.dtype)
     v = None if sample_weight is None else as_weights(sample_weight, batch, dtype)
     labels = as_labels(labels, (*batch, classes), len(batch), sample_weight, plan.num_classes)
     layer = layer._replace(options=as_options(class_weight, label_smoothing, z_loss, classes, dtype))
-    rows = _flat(_Rows(x, labels, v), len(batch))
-    weight = total_weight(rows.labels, rows.sample_weight, layer.options.class_weight)
-    if shared := _is_shared(rows, layer.weights):
-        rows = rows._replace(features=rows.features.astype(dtype))
-        layer = layer._replace(weights=layer.weights.astype(dtype))
-    if rows.features.dtype == dtype and plan.block_size >= math.prod(batch):
-        costs = jnp.reshape(_whole(plan, layer, rows), batch)
-    elif shared:
-        costs = jnp.reshape(_recomputed(plan, layer, rows), batch)
-    elif reduction == "none":
-        costs = jnp.reshape(_each(plan, layer, rows), batch)
-    else:
-        # What one nat of each example adds to the result enters the gradient before its products.
-        return _total(plan, layer, rows, reduced(jnp.ones((), dtype), weight, reduction, normalizer))
-    return reduced(costs, weight, reduction, normalizer)
+    cost = partial(_cost, plan, reduction, places.batch_axes)
+    place = P() if reduction in ("mean", "sum") else places.batch
+    return _on_mesh(cost, places, place, _Rows(x, labels, v), layer, normalizer)
 
 
 class HeadStatistics(NamedTuple):
@@ -148,6 +161,8 @@ def head_statistics(
     *,
     softcap: Number | None = None,
     num_classes: int | None = None,
+    batch_axis: MeshAxis = None,
+    class_axis: MeshAxis = None,
     block_size: int | None = None,
 ) -> HeadStatistics:
     """Statistics of the softmax of `features @ weights + bias`, whose logits are never held at once.
@@ -159,6 +174,8 @@ def head_statistics(
         labels: As for `linear_log_likelihood_cost`; None if the label's likelihood is not wanted.
         softcap: As for `linear_log_likelihood_cost`.
         num_classes: As for `linear_log_likelihood_cost`.
+        batch_axis: As for `linear_log_likelihood_cost`.
+        class_axis: As for `linear_log_likelihood_cost`.
         block_size: As for `linear_log_likelihood_cost`.
 
     Returns:
@@ -178,12 +195,14 @@ def head_statistics(
         >>> print(statistics.prediction, jnp.exp(statistics.label_log_likelihood))
         [0] [0.155]
     """
-    x, layer, plan = _as_layer(features, weights, bias, softcap, num_classes, block_size)
+    x, layer, plan, places = _as_layer(
+        features, weights, bias, softcap, num_classes, batch_axis, class_axis, block_size
+    )
     batch, classes = x.shape[:-1], layer.weights.shape[-1]
     if labels is not None:
         labels = as_labels(labels, (*batch, classes), len(batch), None, plan.num_classes)
-    statistics = _statistics(plan, layer, _flat(_Rows(x, labels, None), len(batch)))
-    return jax.tree.map(lambda array: array.reshape(batch), statistics)
+    statistics = partial(_all_statistics, plan)
+    return _on_mesh(statistics, places, places.batch, _Rows(x, labels, None), layer, None)
 
 
 class _Rows(NamedTuple):
@@ -207,10 +226,20 @@ class _Plan(NamedTuple):
     """What is known when it is compiled."""
 
     num_classes: int
-    block_size: int
+    block_size: int | None
+    axes: Axes  # of the mesh, over which classes are spread inside `jax.shard_map`
 
 
-def _as_layer(features, weights, bias, softcap, num_classes, block_size):
+class _Places(NamedTuple):
+    """Where on a mesh rows and classes are."""
+
+    batch: P  # The leading axes of the features.
+    batch_axes: Axes
+    class_axes: Axes
+    is_outside: bool  # Of `jax.shard_map`, so that arrays have their full shapes.
+
+
+def _as_layer(features, weights, bias, softcap, num_classes, batch_axis, class_axis, block_size):
     """The arguments that make the logits, checked: features and weights in one dtype."""
     x, w = as_floats("features", features), as_floats("weights", weights)
     if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0] or w.shape[-1] == 0:
@@ -218,12 +247,13 @@ def _as_layer(features, weights, bias, softcap, num_classes, block_size):
             "features (*batch, features) and weights (features, classes) must fit, with one class or "
             f"more, got {x.shape} and {w.shape}"
         )
-    classes = w.shape[-1]
+    places = _places(x, w, batch_axis, class_axis)
+    classes = class_count(w, () if places.is_outside else places.class_axes)
     if classes > MOST_CLASSES:
         raise ValueError(f"weights may have {MOST_CLASSES} classes at most, got {classes}")
     b = None if bias is None else as_floats("bias", bias)
-    if b is not None and b.shape != (classes,):
-        raise ValueError(f"bias must have shape ({classes},), one for each class, got {b.shape}")
+    if b is not None and b.shape != w.shape[1:]:
+        raise ValueError(f"bias must have shape {w.shape[1:]}, one for each class, got {b.shape}")
     dtype = jnp.promote_types(x.dtype, w.dtype)
     if softcap is not None:
         softcap = as_number("softcap", softcap, arithmetic_dtype(dtype), positive=True)
@@ -232,11 +262,108 @@ def _as_layer(features, weights, bias, softcap, num_classes, block_size):
         raise ValueError(
             f"num_classes must be at most the {classes} columns of weights, got {num_classes}"
         )
-    if block_size is None:
-        block_size = _block_size(math.prod(x.shape[:-1]), classes)
-    plan = _Plan(num_classes, as_count("block_size", block_size))
+    block_size = None if block_size is None else as_count("block_size", block_size)
+    plan = _Plan(num_classes, block_size, places.class_axes)
     layer = _Layer(w.astype(dtype), b, softcap, Options(None, None, None))
-    return x.astype(dtype), layer, plan
+    return x.astype(dtype), layer, plan, places
+
+
+def _places(x, w, batch_axis, class_axis):
+    """Where features and weights are, as the axes given tell or else the arrays' types."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes:
+        batch_axes = spread_over("features", x, "batch_axis", batch_axis)
+        return _Places(P(), batch_axes, spread_over("weights", w, "class_axis", class_axis), False)
+    batch_axes, class_axes = as_axes("batch_axis", batch_axis), as_axes("class_axis", class_axis)
+    batch = P(batch_axes or None) if batch_axes else P(*jax.typeof(x).sharding.spec[:-1])
+    batch_axes = batch_axes or _names(batch)
+    class_axes = class_axes or _names(jax.typeof(w).sharding.spec[1:])
+    if set(batch_axes) & set(class_axes):
+        raise ValueError(f"batch_axis and class_axis must differ, got {batch_axes} and {class_axes}")
+    if batch_axes and x.ndim == 1:
+        raise ValueError("batch_axis needs features with an axis before the last, got one example")
+    for what, count, axes in (("examples", x.shape[0], batch[:1]), ("classes", w.shape[1], class_axes)):
+        devices = math.prod(mesh.shape[axis] for axis in _names(axes))
+        if count % devices:
+            raise ValueError(
+                f"{count} {what} do not divide evenly over {devices} devices: pad them, examples with "
+                "sample_weight 0, or classes with num_classes"
+            )
+    return _Places(batch, batch_axes, class_axes, bool(batch_axes or class_axes))
+
+
+def _names(places):
+    """The mesh axes in a partition spec."""
+    return tuple(jax.tree.leaves(tuple(places)))
+
+
+def _on_mesh(function, places, result, rows, layer, normalizer):
+    """`function(rows, layer, normalizer)`, on each device's part of the arrays."""
+    if not places.is_outside:
+        return function(rows, layer, normalizer)
+    batch, classes = places.batch, places.class_axes
+    is_probability = rows.labels is not None and jnp.issubdtype(rows.labels.dtype, jnp.floating)
+    padded = (*batch, *[None] * (rows.features.ndim - 1 - len(batch)))
+    labels = P(*padded, classes) if is_probability else batch
+    options = Options._make([P(classes), P(), P()])
+    specs = (
+        _Rows._make([batch, labels, batch]),
+        _Layer._make([P(None, classes), P(classes), P(), options]),
+        P(),
+    )
+    arguments = jax.tree.map(jnp.asarray, (rows, layer, normalizer))
+    if jax.sharding.get_abstract_mesh().explicit_axes:
+        arguments = jax.tree.map(_placed, specs, arguments)
+    return jax.shard_map(function, in_specs=specs, out_specs=result)(*arguments)
+
+
+def _placed(place, arrays):
+    return jax.tree.map(lambda array: jax.reshard(array, place), arrays)
+
+
+def _varying(array):
+    """The mesh axes between whose devices an array may differ, inside `jax.shard_map`."""
+    return jax.typeof(array).mat.varying
+
+
+def _spread(tree, axes):
+    """The same arrays as if they differed along the axes: what they add to a gradient is not summed."""
+
+    def spread(array):
+        missing = tuple(sorted(set(axes) - _varying(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(spread, tree)
+
+
+def _cost(plan, reduction, batch_axes, rows, layer, normalizer):
+    """The cost of a device's rows and classes: that of all for "mean" and "sum"."""
+    batch, dtype = rows.features.shape[:-1], arithmetic_dtype(rows.features.dtype)
+    rows = _flat(_spread(rows, batch_axes), len(batch))
+    plan = _with_block_size(plan, rows, layer)
+    weight = total_weight(rows.labels, rows.sample_weight, layer.options.class_weight, plan.axes)
+    weight = jax.lax.psum(weight, batch_axes)
+    if shared := _is_shared(rows, layer.weights):
+        rows = rows._replace(features=rows.features.astype(dtype))
+        layer = layer._replace(weights=layer.weights.astype(dtype))
+    if rows.features.dtype == dtype and plan.block_size >= math.prod(batch):
+        cost = _whole(plan, layer, rows)
+    elif shared:
+        cost = _recomputed(plan, layer, rows)
+    elif reduction == "none":
+        cost = _each(plan, layer, rows)
+    else:
+        # What one nat of each example adds to the result enters the gradient before its products.
+        scale = reduced(jnp.ones((), dtype), weight, reduction, normalizer)
+        return jax.lax.psum(_total(plan, layer, rows, scale), batch_axes)
+    cost = reduced(jnp.reshape(cost, batch), weight, reduction, normalizer)
+    return cost if reduction == "none" else jax.lax.psum(cost, batch_axes)
+
+
+def _with_block_size(plan, rows, layer):
+    """The plan, with a block size for these rows and classes if none is given."""
+    count, classes = rows.features.shape[0], layer.weights.shape[1]
+    return plan._replace(block_size=plan.block_size or _block_size(count, classes))
 
 
 def _block_size(rows, classes):
@@ -349,11 +476,19 @@ def _column_sums(d_z):
 
 
 def _cast(gradients, like):
-    """The gradients, each in the dtype of what it is by; None stays for integer labels."""
+    """The gradients, each in the dtype of what it is by; None stays for integer labels.
+
+    On a mesh each is the sum over the devices between which that does not differ.
+    """
     layer, rows, *others = like
     if gradients[1].labels is None:
         rows = rows._replace(labels=None)
-    return jax.tree.map(lambda g, other: g.astype(other.dtype), gradients, (layer, rows, *others))
+
+    def cast(gradient, other):
+        axes = tuple(sorted(_varying(gradient) - _varying(other)))
+        return jax.lax.psum(gradient, axes).astype(other.dtype)
+
+    return jax.tree.map(cast, gradients, (layer, rows, *others))
 
 
 class _Logits(NamedTuple):
@@ -376,20 +511,21 @@ def _logits(plan, product, layer):
     if layer.softcap is not None:
         z = layer.softcap * jnp.tanh(z / layer.softcap)
     exists = None
-    if plan.num_classes < classes:
-        exists = jnp.arange(classes) < plan.num_classes
+    if plan.num_classes < class_count(product, plan.axes):
+        exists = first_class(product, plan.axes) + jnp.arange(classes) < plan.num_classes
         z = jnp.where(exists, z, -jnp.inf)
     # Taken from the product, since the compiler would store both product and logits for two uses of
     # the logits. Of capped logits it stores one, and in padding the product may be infinite.
     is_plain = layer.softcap is None and exists is None
-    maximum = row_maximum(product, offsets) if is_plain else row_maximum(z)
+    summands = (product, offsets) if is_plain else (z, None)
+    maximum = row_maximum(*summands, axes=plan.axes)
     return _Logits(z, maximum, exists)
 
 
 def _costs(plan, product, layer, rows):
     """The cost of each row, from the product of features and weights."""
     z, maximum, exists = _logits(plan, product, layer)
-    return example_costs(z, rows.labels, rows.sample_weight, layer.options, exists, maximum)
+    return example_costs(z, rows.labels, rows.sample_weight, layer.options, exists, maximum, plan.axes)
 
 
 def _sound(rows):
@@ -400,31 +536,41 @@ def _sound(rows):
     return jnp.where(((v == 0) & ~jnp.all(jnp.isfinite(x), axis=-1))[:, None], 0, x)
 
 
+def _all_statistics(plan, rows, layer, _):
+    """The statistics of a device's rows."""
+    batch = rows.features.shape[:-1]
+    rows = _flat(rows, len(batch))
+    statistics = _statistics(_with_block_size(plan, rows, layer), layer, rows)
+    return jax.tree.map(lambda array: array.reshape(batch), statistics)
+
+
 @partial(jax.jit, static_argnums=0)
 def _statistics(plan, layer, rows):
     """The statistics of each row."""
+    axes = plan.axes
 
     def step(_, rows, __):
         product = _product(rows.features, layer.weights)
         z, m, _ = _logits(plan, product, layer)
         # The softcap changes no order, and before it nothing is multiplied.
-        winner = first_largest(_logits(plan, product, layer._replace(softcap=None)).z, ulps=0)
-        own = jnp.exp(pick(z, winner) - m)
-        rest = sum_of_other_exponentials(z, m, winner)
+        prediction = first_largest(_logits(plan, product, layer._replace(softcap=None)).z, 0, axes)
+        winner = prediction - first_class(z, axes)
+        own = jnp.exp(pick(z, winner, axes) - m)
+        rest = sum_of_other_exponentials(z, m, winner, axes)
         log_sum = jnp.log(rest + own)
-        entropy = own * jnp.log1p(rest / own) + _surprises_of_others(z, m, winner, log_sum)
+        entropy = own * jnp.log1p(rest / own) + _surprises_of_others(axes, z, m, winner, log_sum)
         label = None
         if rows.labels is not None:
-            label = -example_costs(z, rows.labels, None, layer.options, None, m)
+            label = -example_costs(z, rows.labels, None, layer.options, None, m, axes)
         log_normalizer, prediction, entropy = (
-            column[:, 0] for column in (m + log_sum, winner, entropy / (rest + own))
+            column[:, 0] for column in (m + log_sum, prediction, entropy / (rest + own))
         )
         return None, HeadStatistics(log_normalizer, prediction, entropy, label)
 
     return _over_blocks(plan, step, rows)[1]
 
 
-def _surprises_of_others(z, m, winner, log_sum):
+def _surprises_of_others(axes, z, m, winner, log_sum):
     """Σ e_k (−ln a_k) over the classes of each row but the winner."""
 
     def terms(z, first, m, winner, log_sum):
@@ -433,12 +579,13 @@ def _surprises_of_others(z, m, winner, log_sum):
         return leave_out(jnp.exp(z - m) * (log_sum + behind), winner - first)
 
     z, m = jax.lax.optimization_barrier((z, m))
-    return reduce_rows(jnp.sum, terms, z, m, winner, log_sum)
+    return reduce_rows(jnp.sum, terms, z, m, winner, log_sum, axes=axes)
 
 
 @partial(jax.jit, static_argnums=0)
 def _whole(plan, layer, rows):
     """The cost of each row of one block, which needs no rule but the cost's own."""
+    layer = _spread(layer, _varying(rows.features))
     x, w = _sound(rows), layer.weights
     # Not for more classes, which would have the larger gradient copied.
     product = _product(x, _turned(w) if x.shape[0] >= 8 * w.shape[1] else w)
@@ -448,6 +595,7 @@ def _whole(plan, layer, rows):
 @partial(jax.jit, static_argnums=0)
 def _recomputed(plan, layer, rows):
     """The cost of each row, without a rule for all blocks: each is computed again for its gradient."""
+    layer = _spread(layer, _varying(rows.features))
     cost = jax.checkpoint(partial(_whole, plan))
     return _over_blocks(plan, lambda _, rows, __: (None, cost(layer, rows)), rows)[1]
 
@@ -476,7 +624,7 @@ def _scaled(factor, array):
 
 
 # The cost of all rows together, times the scale; its gradient is formed together with it.
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp_static_first
 def _total(plan, layer, rows, scale):
     return _scaled(scale, jnp.sum(_forward(plan, layer, rows)))
 
@@ -498,7 +646,7 @@ _total.defvjp(_total_fwd, _total_bwd)
 
 
 # The cost of each row. Its logits are computed again for the gradient.
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp_static_first
 def _each(plan, layer, rows):
     return _each_fwd(plan, layer, rows)[0]
 
@@ -535,7 +683,11 @@ def _with_gradients(plan, layer, rows, cotangent):
 
     With D = ∂/∂z of that sum, the logits' gradient, and z = x w + b:
     ∂/∂w = xᵀ D,  ∂/∂b = Σ_n D,  ∂/∂x = D wᵀ.
+    On a mesh each device gives its own rows' and classes' part, which nobody has summed yet.
     """
+    along_rows, along_classes = _varying(rows.features), _varying(layer.weights)
+    layer, cotangent = _spread((layer, cotangent), along_rows)
+    rows = rows._replace(features=_spread(rows.features, along_classes))
 
     def step(d_layer, block, is_new):
         rows, cotangent = block

@@ -1,16 +1,32 @@
 """Softmax and log-softmax with analytic gradients, and the row sums that make both exact."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from ._checks import FloatArray, MaskArray, arithmetic_dtype, as_logits, as_where
+from ._checks import (
+    Axes,
+    FloatArray,
+    MaskArray,
+    MeshAxis,
+    arithmetic_dtype,
+    as_logits,
+    as_where,
+    spread_over,
+)
 
 
-def softmax(logits: FloatArray, axis: int = -1, where: MaskArray | None = None) -> Float[Array, "..."]:
+def softmax(
+    logits: FloatArray,
+    axis: int = -1,
+    where: MaskArray | None = None,
+    *,
+    class_axis: MeshAxis = None,
+) -> Float[Array, "..."]:
     """Softmax: each logit's share of the whole layer, a probability distribution over the classes.
 
     a_j = exp(z_j) / Σ_k exp(z_k), with the analytic gradient
@@ -21,6 +37,8 @@ def softmax(logits: FloatArray, axis: int = -1, where: MaskArray | None = None) 
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
         axis: The class axis.
         where: The classes that exist, broadcastable to `logits`; all if None.
+        class_axis: Inside `jax.shard_map`, the mesh axis or axes that the classes are spread over;
+            elsewhere none is needed, sharded or not.
 
     Returns:
         Probabilities of the logits' shape and dtype. bfloat16 and float16 are computed in float32 and
@@ -30,7 +48,8 @@ def softmax(logits: FloatArray, axis: int = -1, where: MaskArray | None = None) 
 
     Raises:
         TypeError: If the logits are not real floating-point numbers, or `where` is not bool.
-        ValueError: If `axis` is out of range, there is no class, or `where` does not broadcast.
+        ValueError: If `axis` is out of range, there is no class, `where` does not broadcast, or the
+            logits are not spread over `class_axis`.
 
     Example:
         >>> print(softmax(jnp.array([0.0, 0.0, -jnp.inf])))
@@ -39,11 +58,15 @@ def softmax(logits: FloatArray, axis: int = -1, where: MaskArray | None = None) 
     References:
         Bridle (1990), "Probabilistic interpretation of feedforward classification network outputs".
     """
-    return _along_last(_softmax, logits, axis, where, masked=0)
+    return _along_last(_softmax, logits, axis, where, class_axis, masked=0)
 
 
 def log_softmax(
-    logits: FloatArray, axis: int = -1, where: MaskArray | None = None
+    logits: FloatArray,
+    axis: int = -1,
+    where: MaskArray | None = None,
+    *,
+    class_axis: MeshAxis = None,
 ) -> Float[Array, "..."]:
     """Logarithm of the softmax, exact in both tails.
 
@@ -55,6 +78,7 @@ def log_softmax(
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
         axis: The class axis.
         where: The classes that exist, broadcastable to `logits`; all if None.
+        class_axis: As for `softmax`.
 
     Returns:
         Log-probabilities in nats, of the logits' shape and dtype. bfloat16 and float16 are computed in
@@ -63,13 +87,14 @@ def log_softmax(
 
     Raises:
         TypeError: If the logits are not real floating-point numbers, or `where` is not bool.
-        ValueError: If `axis` is out of range, there is no class, or `where` does not broadcast.
+        ValueError: If `axis` is out of range, there is no class, `where` does not broadcast, or the
+            logits are not spread over `class_axis`.
 
     Example:
         >>> log_softmax(jnp.array([40.0, 0.0]))[0]  # jax.nn.log_softmax gives 0
         Array(-4.248354e-18, dtype=float32)
     """
-    return _along_last(_log_softmax, logits, axis, where, masked=-jnp.inf)
+    return _along_last(_log_softmax, logits, axis, where, class_axis, masked=-jnp.inf)
 
 
 def softmax_jacobian(logits: FloatArray) -> Float[Array, "..."]:
@@ -147,13 +172,16 @@ class RowSums(NamedTuple):
         return jnp.where(is_class(self.exponentials, self.winner), self.rest, rest_without)
 
 
-def row_sums(logits: Float[Array, "*batch classes"]) -> RowSums:
+# Inside `jax.shard_map` the classes of a row may be spread over `axes` of the mesh. Then maxima and sums
+# go over all of them, and a class's number counts from the first of this device's own: the number of
+# another device's class is negative or beyond the last.
+def row_sums(logits: Float[Array, "*batch classes"], axes: Axes = ()) -> RowSums:
     """The row sums of the logits, exact for every class; NaN where there is no distribution."""
-    maximum = row_maximum(logits)
-    winner = first_largest(logits)
-    own = jnp.exp(pick(logits, winner) - maximum)
+    maximum = row_maximum(logits, axes=axes)
+    winner = first_largest(logits, axes=axes) - first_class(logits, axes)
+    own = jnp.exp(pick(logits, winner, axes) - maximum)
     exponentials = jnp.where(is_class(logits, winner), own, jnp.exp(logits - maximum))
-    rest = sum_of_other_exponentials(logits, maximum, winner)
+    rest = sum_of_other_exponentials(logits, maximum, winner, axes)
     return RowSums(winner, maximum, exponentials, own, rest)
 
 
@@ -173,7 +201,9 @@ def _share_jvp(primals, tangents):
 
 
 def row_maximum(
-    logits: Float[Array, "*batch classes"], offsets: Float[Array, " classes"] | None = None
+    logits: Float[Array, "*batch classes"],
+    offsets: Float[Array, " classes"] | None = None,
+    axes: Axes = (),
 ) -> Float[Array, "*batch 1"]:
     """The maximum of each row plus offsets, in float32 or wider, held fixed: no cost changes with it.
 
@@ -183,10 +213,10 @@ def row_maximum(
     dtype = arithmetic_dtype(logits.dtype)
     z = jax.lax.stop_gradient(logits)
     if offsets is None:
-        maximum = reduce_rows(jnp.max, lambda z, _: z.astype(dtype), z)
+        maximum = reduce_rows(jnp.max, lambda z, _: z.astype(dtype), z, axes=axes)
     else:
-        apart_from_logits = jax.lax.optimization_barrier((z, jax.lax.stop_gradient(offsets)))
-        maximum = reduce_rows(jnp.max, lambda z, _, more: z.astype(dtype) + more, *apart_from_logits)
+        given = jax.lax.optimization_barrier((z, jax.lax.stop_gradient(offsets)))
+        maximum = reduce_rows(jnp.max, lambda z, _, more: z.astype(dtype) + more, *given, axes=axes)
     return jnp.where(maximum == -jnp.inf, 0, maximum)
 
 
@@ -204,23 +234,51 @@ def sum_of_other_exponentials(
     logits: Float[Array, "*batch classes"],
     maximum: Float[Array, "*batch 1"],
     index: Integer[Array, "*batch 1"],
+    axes: Axes = (),
 ) -> Float[Array, "*batch 1"]:
     """Σ e_k over the classes of each row but the one at `index`."""
 
     def squares(z, first, m, index):
         return jnp.square(leave_out(lifted_roots(z, m), index - first))
 
-    return reduce_rows(jnp.sum, squares, logits, maximum, index) / LIFT**2
+    return reduce_rows(jnp.sum, squares, logits, maximum, index, axes=axes) / LIFT**2
 
 
 def pick(
-    logits: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]
+    logits: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"], axes: Axes = ()
 ) -> Float[Array, "*batch 1"]:
     """The logit of each row at `index`."""
     if is_sharded(logits):
         # A gather along a sharded axis is refused; a sum over it is not.
         return jnp.sum(jnp.where(is_class(logits, index), logits, 0), axis=-1, keepdims=True)
-    return jnp.take_along_axis(*apart(logits, index), axis=-1, mode="clip")
+    picked = jnp.take_along_axis(*apart(logits, index), axis=-1, mode="clip")
+    if not axes:
+        return picked
+    return jax.lax.psum(jnp.where(is_here(index, logits), picked, 0), axes)
+
+
+def is_here(index: Integer[Array, "..."], values: Array) -> Array:
+    """Whether a class's number is that of one of this device's classes."""
+    return (index >= 0) & (index < values.shape[-1])
+
+
+def class_count(values: Float[Array, "*batch classes"], axes: Axes) -> int:
+    """How many classes there are on all devices."""
+    return values.shape[-1] * (jax.lax.axis_size(axes) if axes else 1)
+
+
+def first_class(values: Float[Array, "*batch classes"], axes: Axes) -> Array | int:
+    """The number, among those of all devices, of the first of this device's classes."""
+    return values.shape[-1] * jax.lax.axis_index(axes) if axes else 0
+
+
+def over_classes(
+    reduce: Callable[..., Array], values: Float[Array, "*batch classes"], axes: Axes
+) -> Float[Array, "*batch 1"]:
+    """A sum, maximum or minimum over each row, the classes of other devices included."""
+    reduced = reduce(values, axis=-1, keepdims=True)
+    across = {jnp.sum: jax.lax.psum, jnp.max: jax.lax.pmax, jnp.min: jax.lax.pmin}
+    return across[reduce](reduced, axes) if axes else reduced
 
 
 # XLA on the CPU runs a sum, and what it sums, as one pass over the logits that stores nothing, as long
@@ -233,6 +291,7 @@ def reduce_rows(
     terms: Callable[..., Array],
     values: Float[Array, "*batch classes"],
     *columns: Array,
+    axes: Axes = (),
 ) -> Float[Array, "*batch 1"]:
     """A sum or maximum over each row of `terms(values, first, *columns)`.
 
@@ -244,7 +303,7 @@ def reduce_rows(
     block = 0 if is_sharded(values) else _block(classes)
     if not block:
         row, *given = apart(values, *columns)
-        return reduce(terms(row, 0, *given), axis=-1, keepdims=True)
+        return over_classes(reduce, terms(row, 0, *given), axes)
     first = block * jnp.arange(classes // block, dtype=jnp.int32)[:, None]
     split = classes // block, block
     parts = (
@@ -254,8 +313,8 @@ def reduce_rows(
     # Without the barriers the compiler would apply elementwise terms before the reshape, and make one
     # reduction of the two: each runs several times as long.
     part, *given = jax.lax.optimization_barrier(parts)
-    partial = reduce(terms(part, first, *given), axis=-1)
-    return reduce(jax.lax.optimization_barrier(partial), axis=-1, keepdims=True)
+    parts = reduce(terms(part, first, *given), axis=-1)
+    return over_classes(reduce, jax.lax.optimization_barrier(parts), axes)
 
 
 def apart(logits: Array, *columns: Array) -> tuple[Array, ...]:
@@ -267,19 +326,26 @@ def apart(logits: Array, *columns: Array) -> tuple[Array, ...]:
     return arrays if logits.dtype.itemsize >= 4 else jax.lax.optimization_barrier(arrays)
 
 
-def first_largest(values: Float[Array, "*batch classes"], ulps: int = 4) -> Integer[Array, "*batch 1"]:
-    """The first class of each row that has the largest value, give or take so many roundings."""
+def first_largest(
+    values: Float[Array, "*batch classes"], ulps: int = 4, axes: Axes = ()
+) -> Integer[Array, "*batch 1"]:
+    """The first class of each row that has the largest value, give or take so many roundings.
+
+    Unlike other numbers of classes, its number counts from the first class of all devices.
+    """
     values = jax.lax.stop_gradient(values)
     limits = jnp.finfo(values.dtype)
     numbers = jnp.arange(values.shape[-1], dtype=values.dtype)
-    maximum = jnp.max(values, axis=-1, keepdims=True)
+    if axes:
+        numbers += jnp.asarray(first_class(values, axes), values.dtype)
+    maximum = over_classes(jnp.max, values, axes)
     # The compiler may have rounded the values otherwise here than for the maximum, where it multiplies.
     behind = (maximum - values) - jnp.minimum(ulps * limits.eps * jnp.abs(maximum), 1)
     # 0 for the largest, huge elsewhere: twice, so that the smallest difference there is becomes huge.
     behind = jnp.minimum(jnp.maximum(behind, 0) * limits.max, 1) * limits.max
-    first = jnp.min(numbers + behind, axis=-1, keepdims=True)
+    first = over_classes(jnp.min, numbers + behind, axes)
     # Where none is found, for NaN or infinity, any will do.
-    return jnp.minimum(first, values.shape[-1] - 1).astype(jnp.int32)
+    return jnp.minimum(first, class_count(values, axes) - 1).astype(jnp.int32)
 
 
 def leave_out(values: Array, index: Array) -> Array:
@@ -308,69 +374,84 @@ def is_class(logits: Float[Array, "*batch classes"], index: Integer[Array, "*bat
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == index
 
 
-def pull_back_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes"]) -> Array:
+def pull_back_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes"], axes: Axes = ()) -> Array:
     """A cotangent of the probabilities, as one of the logits: a_j (c_j − Σ_k a_k c_k)."""
     # Only differences of c matter. Measured from a winner's own c, the winner's term in Σ a c is
     # exactly 0, and the sum keeps its digits when the winner's a is all but 1.
     winner = is_class(cotangent, sums.winner)
-    relative = jnp.where(winner, 0, cotangent - pick(cotangent, sums.winner))
+    relative = jnp.where(winner, 0, cotangent - pick(cotangent, sums.winner, axes))
     a = sums.probabilities
-    return a * (relative - jnp.sum(a * relative, axis=-1, keepdims=True))
+    return a * (relative - over_classes(jnp.sum, a * relative, axes))
 
 
-def pull_back_log_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes"]) -> Array:
+def pull_back_log_softmax(
+    sums: RowSums, cotangent: Float[Array, "*batch classes"], axes: Axes = ()
+) -> Array:
     """A cotangent of the log-probabilities, as one of the logits: c_j (1 − a_j) − a_j Σ_{k≠j} c_k."""
-    return cotangent * sums.complements - sums.probabilities * sum_of_others(cotangent)
+    return cotangent * sums.complements - sums.probabilities * sum_of_others(cotangent, axes)
 
 
-def sum_of_others(values: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
+def sum_of_others(
+    values: Float[Array, "*batch classes"], axes: Axes = ()
+) -> Float[Array, "*batch classes"]:
     """Σ_{k≠j} v_k for each class j, which Σ_k v_k − v_j would lose where v_j is nearly all of it."""
-    largest = first_largest(jnp.abs(values))
-    rest = reduce_rows(jnp.sum, lambda v, first, index: leave_out(v, index - first), values, largest)
+    largest = first_largest(jnp.abs(values), axes=axes) - first_class(values, axes)
+
+    def others(v, first, index):
+        return leave_out(v, index - first)
+
+    rest = reduce_rows(jnp.sum, others, values, largest, axes=axes)
     # All others but the largest, and the largest where the class is another.
-    return jnp.where(is_class(values, largest), rest, (rest - values) + pick(values, largest))
+    return jnp.where(is_class(values, largest), rest, (rest - values) + pick(values, largest, axes))
 
 
-@jax.custom_vjp
-def _softmax(logits):
-    return _softmax_fwd(logits)[0]
+# A function with a rule, whose first argument is no array but known when it is compiled.
+custom_vjp_static_first: Callable[[Callable[..., Any]], Any] = partial(
+    jax.custom_vjp, nondiff_argnums=(0,)
+)
 
 
-def _softmax_fwd(logits):
-    sums = row_sums(logits)
+@custom_vjp_static_first
+def _softmax(axes, logits):
+    return _softmax_fwd(axes, logits)[0]
+
+
+def _softmax_fwd(axes, logits):
+    sums = row_sums(logits, axes)
     return sums.probabilities, sums
 
 
-def _softmax_bwd(sums, cotangent):
-    return (pull_back_softmax(sums, cotangent),)
+def _softmax_bwd(axes, sums, cotangent):
+    return (pull_back_softmax(sums, cotangent, axes),)
 
 
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 
-@jax.custom_vjp
-def _log_softmax(logits):
-    return _log_softmax_fwd(logits)[0]
+@custom_vjp_static_first
+def _log_softmax(axes, logits):
+    return _log_softmax_fwd(axes, logits)[0]
 
 
-def _log_softmax_fwd(logits):
-    sums = row_sums(logits)
+def _log_softmax_fwd(axes, logits):
+    sums = row_sums(logits, axes)
     return -sums.surprises(logits), sums
 
 
-def _log_softmax_bwd(sums, cotangent):
-    return (pull_back_log_softmax(sums, cotangent),)
+def _log_softmax_bwd(axes, sums, cotangent):
+    return (pull_back_log_softmax(sums, cotangent, axes),)
 
 
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 
-def _along_last(kernel, logits, axis, where, masked):
+def _along_last(kernel, logits, axis, where, class_axis, masked):
     """`kernel` over `axis`, in float32 or wider; `masked` for the classes that do not exist."""
     array, axis = as_logits(logits, axis)
+    axes = spread_over("logits", array, "class_axis", class_axis)
     z = array.astype(arithmetic_dtype(array.dtype))
     exists = None if where is None else as_where(where, z.shape)
     if exists is not None:
         z = jnp.where(exists, z, -jnp.inf)
-    result = jnp.moveaxis(kernel(jnp.moveaxis(z, axis, -1)), -1, axis).astype(array.dtype)
+    result = jnp.moveaxis(kernel(axes, jnp.moveaxis(z, axis, -1)), -1, axis).astype(array.dtype)
     return result if exists is None else jnp.where(exists, result, masked)

@@ -1,5 +1,6 @@
 """Functional training with optax: a jitted step, and a whole epoch as one compiled scan."""
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ def make_epoch(
         order = jnp.argsort(jax.random.bits(key, (examples,)), stable=False)
 
         def update(state, indices):
-            batch = jax.tree.map(lambda array: array[indices], data)
+            batch = jax.tree.map(lambda array: _examples(array, indices), data)
             return _step(cost, optimizer, state, batch)
 
         whole = examples - examples % batch_size
@@ -123,6 +124,17 @@ def make_epoch(
         return state, costs
 
     return jax.jit(epoch)
+
+
+def _examples(array, indices):
+    """The examples at the indices, spread as all of them are if the axes of the mesh are explicit."""
+    place = jax.typeof(array).sharding
+    first, *others = place.spec
+    devices = math.prod(place.mesh.shape[axis] for axis in jax.tree.leaves(first))
+    if devices == 1:
+        return array[indices]
+    first = None if indices.shape[0] % devices else first
+    return array.at[indices].get(out_sharding=jax.sharding.PartitionSpec(first, *others))
 
 
 def _step(cost, optimizer, state, batch):

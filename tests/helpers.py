@@ -36,6 +36,15 @@ def _assert_leaf_close(actual, expected, ulps):
         )
 
 
+def assert_norms_close(actual, expected, tolerance):
+    """Every leaf within `tolerance` times the expected leaf's norm of it."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        # A sum whose terms cancel, as with one class, is compared with 0.05: its terms are of order 1.
+        assert np.linalg.norm(a - e) <= tolerance * max(np.linalg.norm(e), 0.05)
+
+
 def assert_relative(actual, expected, *, eps_multiple):
     """Every entry within (eps_multiple + |ln |true||) · eps of itself; under 1e−37 aside."""
     eps = float(jnp.finfo(actual.dtype).eps)

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close, assert_relative, random_labels, random_targets, unchecked
+from helpers import (
+    assert_close,
+    assert_norms_close,
+    assert_relative,
+    random_labels,
+    random_targets,
+    unchecked,
+)
 
 import jaxsoftmax as js
 
@@ -53,14 +60,6 @@ def value_and_gradients(cost, arguments, options, cotangent, **fixed):
     parts = (x, w, b, labels) if soft else (x, w, b)
     value, pull_back = jax.vjp(jax.jit(function), parts, options)
     return value, pull_back(cotangent(value))
-
-
-def assert_norms_close(actual, expected, tolerance):
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == e.dtype
-        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-        # A sum whose terms cancel, as with one class, is compared with 0.05: its terms are of order 1.
-        assert np.linalg.norm(a - e) <= tolerance * max(np.linalg.norm(e), 0.05)
 
 
 @pytest.mark.parametrize(

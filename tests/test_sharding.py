@@ -1,0 +1,308 @@
+"""On a mesh of devices every function means what it means on one, and moves no logits."""
+
+import itertools
+import os
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from helpers import (
+    assert_close,
+    assert_norms_close,
+    assert_relative,
+    random_labels,
+    random_logits,
+    random_targets,
+    unchecked,
+)
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxsoftmax as js
+
+ROWS, FEATURES, CLASSES = 16, 6, 24
+KINDS = [AxisType.Auto, AxisType.Explicit, AxisType.Manual]
+HEAD_CASES = list(itertools.product([jnp.float32, jnp.bfloat16], ["mean", "sum", "none"], [None, 19]))
+# Each mesh meets a sixth of the cases, and each case two of the twelve meshes; nightly, all.
+SHARE = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 6
+
+
+def make_mesh(shape, kind):
+    # Manual ones are made by shard_map, out of automatic ones.
+    kind = AxisType.Auto if kind == AxisType.Manual else kind
+    return jax.make_mesh(shape, ("data", "model")[: len(shape)], axis_types=(kind,) * len(shape))
+
+
+def place(mesh, arrays, specs):
+    return tuple(jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True))
+
+
+def head_arguments(rows, features, classes, dtype, soft=False, num_classes=None):
+    generator = np.random.default_rng(3)
+    shapes = (rows, features), (features, classes), (classes,)
+    layer = [jnp.asarray(generator.normal(size=shape), dtype) for shape in shapes]
+    existing = (rows, num_classes or classes)
+    labels = random_labels(existing)
+    if soft:
+        labels = random_targets(existing, jnp.float32)
+        labels = jnp.pad(labels, ((0, 0), (0, classes - existing[1])))
+    sample_weight = jnp.asarray(generator.random(rows), jnp.float32).at[1].set(0)
+    class_weight = jnp.asarray(generator.random(classes), jnp.float32)
+    return (*layer, labels, sample_weight, class_weight)
+
+
+def head_specs(data, model, soft=False):
+    return (
+        P(data), P(None, model), P(model), P(data, model) if soft else P(data), P(data), P(model)
+    )  # fmt: skip
+
+
+def value_and_gradients(function, arguments, cotangent):
+    """The value, and the gradients by every floating-point argument."""
+    is_float = [jnp.issubdtype(a.dtype, jnp.floating) for a in arguments]
+    floats = [a for a, keep in zip(arguments, is_float, strict=True) if keep]
+
+    def of_floats(*floats):
+        given = iter(floats)
+        return function(
+            *(next(given) if keep else a for a, keep in zip(arguments, is_float, strict=True))
+        )
+
+    value, pull_back = jax.vjp(of_floats, *floats)
+    return value, pull_back(cotangent)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (2, 4), (4, 2)])
+def test_head_equals_that_of_one_device(shape, kind):
+    mesh = make_mesh(shape, kind)
+    data, model = (*mesh.axis_names, None)[:2]
+    first = (shape[0].bit_length() + KINDS.index(kind)) % SHARE
+    for number, (dtype, reduction, num_classes) in list(enumerate(HEAD_CASES))[first::SHARE]:
+        soft = number % 3 == 0
+        head = partial(
+            js.linear_log_likelihood_cost,
+            reduction=reduction,
+            num_classes=num_classes,
+            block_size=(None, 3)[number % 2],
+        )
+        arguments = head_arguments(ROWS, FEATURES, CLASSES, dtype, soft, num_classes)
+        specs = head_specs(data, model, soft)
+        place_of_cost = P(data) if reduction == "none" else P()
+        shape_of_cost = ROWS if reduction == "none" else ()
+        cotangent = jnp.asarray(np.random.default_rng(4).normal(size=shape_of_cost), jnp.float32)
+
+        def cost(x, w, b, labels, sample_weight, class_weight, head=head, **axes):
+            return head(
+                x, w, b, labels, sample_weight=sample_weight, class_weight=class_weight,
+                label_smoothing=0.1, z_loss=0.01, softcap=5.0, **axes,
+            )  # fmt: skip
+
+        expected = jax.jit(partial(value_and_gradients, cost))(arguments, cotangent)
+        with jax.set_mesh(mesh):
+            on_mesh = (
+                cost if kind == AxisType.Explicit else partial(cost, batch_axis=data, class_axis=model)
+            )
+            if kind == AxisType.Manual:
+                on_mesh = jax.shard_map(on_mesh, in_specs=specs, out_specs=place_of_cost)
+            arguments = place(mesh, arguments, specs)
+            cotangent = jax.device_put(cotangent, NamedSharding(mesh, place_of_cost))
+            actual = jax.jit(partial(value_and_gradients, on_mesh))(arguments, cotangent)
+        assert_norms_close(actual, expected, 2e-5 if dtype == jnp.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_head_on_a_mesh_is_exact(kind):
+    mesh = make_mesh((2, 4), kind)
+    generator = np.random.default_rng(5)
+    logits = generator.normal(size=(8, 16)).astype(np.float32)
+    labels = generator.integers(0, 16, 8).astype(np.int32)
+    logits[np.arange(8), labels] += np.float32(40)
+    one_hot = np.eye(16)[labels]
+    specs = P("data"), P(None, "model"), P("data")
+
+    def cost(x, w, labels, **axes):
+        return js.linear_log_likelihood_cost(x, w, None, labels, reduction="none", **axes)
+
+    if kind != AxisType.Explicit:
+        cost = partial(cost, batch_axis="data", class_axis="model")
+    if kind == AxisType.Manual:
+        cost = jax.shard_map(cost, in_specs=specs, out_specs=P("data"))
+    with jax.set_mesh(mesh):
+        # Each example picks its own row of the weights: its logits, and their gradient.
+        x, w, y = place(mesh, (np.eye(8, dtype=np.float32), logits, labels), specs)
+        costs, gradient = jax.jit(
+            lambda x, w, y: (cost(x, w, y), jax.grad(lambda w: cost(x, w, y).sum())(w))
+        )(x, w, y)
+    assert_relative(costs, oracle.log_likelihood(logits, one_hot), eps_multiple=32)
+    expected = oracle.log_likelihood_vjp(logits, one_hot, np.ones((8, 1)))
+    assert_relative(gradient, expected, eps_multiple=32)
+
+
+def moved(compiled):
+    """The arrays that devices send one another, each with its operation."""
+    pattern = r"= (.*?) (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\("
+    return [
+        (operation, tuple(int(n) for n in dims.split(",") if n))
+        for shapes, operation in re.findall(pattern, compiled.as_text())
+        for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block_size", [None, 32])
+def test_what_the_head_moves_and_computes(kind, block_size):
+    rows, features, classes = 256, 96, 512
+    mesh = make_mesh((2, 4), kind)
+    specs = P("data"), P(None, "model"), P("model"), P("data")
+
+    def cost(x, w, b, labels, **axes):
+        return js.linear_log_likelihood_cost(x, w, b, labels, block_size=block_size, **axes)
+
+    if kind != AxisType.Explicit:
+        cost = partial(cost, batch_axis="data", class_axis="model")
+    if kind == AxisType.Manual:
+        cost = jax.shard_map(cost, in_specs=specs, out_specs=P())
+    x, w, b, labels, *_ = head_arguments(rows, features, classes, jnp.float32)
+    with jax.set_mesh(mesh):
+        arguments = place(mesh, (x, w, b, labels), specs)
+        compiled = jax.jit(jax.value_and_grad(cost, (0, 1, 2))).lower(*arguments).compile()
+    own_rows, own_classes, block = rows // 2, classes // 4, block_size or rows // 2
+    sent = moved(compiled)
+    assert {operation for operation, _ in sent} == {"all-reduce"}
+    sizes = [shape for _, shape in sent]
+    # Once: d features, d weights, d bias. Otherwise single numbers, and columns of a number per row.
+    for once in ((own_rows, features), (features, own_classes), (own_classes,)):
+        assert sizes.count(once) == 1
+        sizes.remove(once)
+    assert set(sizes) <= {(), (block, 1), (block,)}
+    # A loop's body is counted once: the first block is outside it, the others are one.
+    share = 1 if block_size is None else 2 * block / own_rows
+    products = share * 3 * 2 * rows * features * classes / 8
+    assert compiled.cost_analysis()["flops"] == pytest.approx(products, rel=0.05)
+
+
+def test_weights_spread_by_rows_are_gathered_once():
+    mesh = make_mesh((2, 4), AxisType.Explicit)
+    x, w, b, labels, *_ = head_arguments(ROWS, FEATURES, CLASSES, jnp.float32)
+    cost = partial(js.linear_log_likelihood_cost, block_size=2)
+    expected = jax.value_and_grad(cost, (0, 1))(x, w, b, labels)
+    with jax.set_mesh(mesh):
+        arguments = place(mesh, (x, w, b, labels), (P("data"), P("data", "model"), P("model"), P("data")))
+        compiled = jax.jit(jax.value_and_grad(cost, (0, 1))).lower(*arguments).compile()
+        actual = compiled(*arguments)
+    assert [shape for operation, shape in moved(compiled) if operation == "all-gather"] == [(FEATURES, 6)]
+    assert actual[1][1].sharding.spec == P("data", "model")
+    assert_close(actual, expected, ulps=8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_on_a_mesh(kind):
+    mesh = make_mesh((2, 4), kind)
+    x, w, b, labels, *_ = head_arguments(ROWS, FEATURES, CLASSES, jnp.float32, num_classes=19)
+    statistics = partial(js.head_statistics, num_classes=19, block_size=3, softcap=5.0)
+    expected = statistics(x, w, b, labels)
+    if kind != AxisType.Explicit:
+        statistics = partial(statistics, batch_axis="data", class_axis="model")
+    specs = P("data"), P(None, "model"), P("model"), P("data")
+    if kind == AxisType.Manual:
+        statistics = jax.shard_map(statistics, in_specs=specs, out_specs=P("data"))
+    with jax.set_mesh(mesh):
+        actual = jax.jit(statistics)(*place(mesh, (x, w, b, labels), specs))
+    np.testing.assert_array_equal(actual.prediction, expected.prediction)
+    assert_close(actual._replace(prediction=None), expected._replace(prediction=None), ulps=16)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_classes_spread_inside_shard_map(soft):
+    mesh = make_mesh((2, 4), AxisType.Auto)
+    logits = random_logits((8, 16), 10, jnp.float32)
+    labels = random_targets((8, 16), jnp.float32) if soft else random_labels((8, 16)).at[3].set(99)
+    exists = jnp.arange(16) != 3
+    sample_weight, class_weight = jnp.arange(8.0), jnp.linspace(0.0, 2.0, 16)
+
+    def every(logits, labels, exists, sample_weight, class_weight, class_axis=None):
+        cost = js.log_likelihood_cost(
+            logits, labels, where=exists, sample_weight=sample_weight, class_weight=class_weight,
+            label_smoothing=0.1, z_loss=0.01, reduction="none", class_axis=class_axis,
+        )  # fmt: skip
+        return (
+            js.softmax(logits, class_axis=class_axis),
+            js.log_softmax(logits, where=exists, class_axis=class_axis),
+            js.quadratic_cost(logits, labels, reduction="none", class_axis=class_axis),
+            cost,
+        )
+
+    both = P("data", "model")
+    specs = both, both if soft else P("data"), P("model"), P("data"), P("model")
+    on_mesh = jax.shard_map(
+        partial(every, class_axis="model"),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(both, both, P("data"), P("data")),
+    )
+    arguments = logits, labels, exists, sample_weight, class_weight
+    for function, placed in ((every, arguments), (on_mesh, place(mesh, arguments, specs))):
+        cotangent = tuple(
+            random_logits(shape, 1, jnp.float32, seed=9) for shape in ((8, 16), (8, 16), (8,), (8,))
+        )
+        cotangent = (cotangent[0], cotangent[1].at[:, 3].set(0), *cotangent[2:])
+        result = jax.jit(partial(value_and_gradients, function))(placed, cotangent)
+        if function is every:
+            expected = result
+    assert_close(result, expected, ulps=32)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.usefixtures("standard_promotion")
+def test_training_on_a_mesh_ends_as_on_one_device(explicit, key):
+    mesh = make_mesh((8,), AxisType.Explicit if explicit else AxisType.Auto)
+    x = jax.random.normal(key, (64, 5))
+    data = x, jnp.argmax(x[:, :3], axis=-1).astype(jnp.int32)
+    optimizer = optax.adam(1e-2)
+    epoch = js.make_epoch(lambda params, batch: js.network_cost(params, *batch), optimizer, batch_size=16)
+    state = js.init_state(js.init_network(key, 5, 8, 3), optimizer)
+    expected, costs = epoch(state, data, key)
+    with jax.set_mesh(mesh):
+        data = place(mesh, data, (P("data"), P("data")))
+        state = jax.device_put(state, NamedSharding(mesh, P()))
+        actual, costs_on_mesh = epoch(state, data, jax.device_put(key, NamedSharding(mesh, P())))
+    assert_close((actual.params, costs_on_mesh), (expected.params, costs), ulps=64)
+
+
+def test_errors_say_what_to_do():
+    head = unchecked(js.linear_log_likelihood_cost)
+    x, w, b, labels, *_ = head_arguments(ROWS, FEATURES, CLASSES, jnp.float32)
+    with pytest.raises(ValueError, match=r"batch_axis must name axes of the mesh.*jax\.set_mesh"):
+        head(x, w, b, labels, batch_axis="data")
+    with pytest.raises(ValueError, match=r"class_axis must name axes of the mesh.*jax\.set_mesh"):
+        js.log_likelihood_cost(x @ w, labels, class_axis="model")
+    with jax.set_mesh(make_mesh((2, 4), AxisType.Auto)):
+        with pytest.raises(ValueError, match=r"must name axes of the mesh.*got 'rows'"):
+            head(x, w, b, labels, batch_axis="rows")
+        with pytest.raises(ValueError, match="batch_axis and class_axis must differ"):
+            head(x, w, b, labels, batch_axis="data", class_axis=("model", "data"))
+        with pytest.raises(
+            ValueError, match=r"23 classes do not divide evenly over 4 devices.*num_classes"
+        ):
+            head(x, w[:, 1:], b[1:], labels, class_axis="model")
+        with pytest.raises(ValueError, match=r"15 examples do not divide evenly over 2.*sample_weight 0"):
+            head(x[1:], w, b, labels[1:], batch_axis="data")
+        with pytest.raises(ValueError, match="labels must be in"):
+            head(x, w, b, labels + CLASSES, batch_axis="data", class_axis="model")
+        with pytest.raises(ValueError, match=r"spread over class_axis.*check_vma left at True"):
+            jax.shard_map(
+                partial(head, class_axis="model"),
+                in_specs=(P(), P(None, "model"), P("model"), P()),
+                out_specs=P(),
+                check_vma=False,
+            )(x, w, b, labels)
+        with pytest.raises(ValueError, match=r"logits must be spread over class_axis.*\['model'\]"):
+            jax.shard_map(
+                partial(js.log_likelihood_cost, class_axis="model"), in_specs=P(), out_specs=P()
+            )(x @ w, labels)
