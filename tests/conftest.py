@@ -1,9 +1,16 @@
 """Settings that every test runs under."""
 
 import os
+import tempfile
 
 # Before JAX starts a backend: several devices, so that a test can shard over them.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+# What one process has compiled, the others load: two of them run tests, and some run the examples.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="jaxsoftmax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import hypothesis
 import jax

@@ -4,6 +4,10 @@ import gzip
 import importlib.util
 import itertools
 import math
+import os
+import re
+import signal
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -330,3 +334,42 @@ def test_gradient_accumulation_needs_the_whole_weight(example):
     assert errors.pop("mean of the means") > 0.1
     assert len(errors) == 2
     assert max(errors.values()) < 1e-6
+
+
+def without_simulated_devices():
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+def distributed(*options):
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "distributed.py"), *options],
+        env=without_simulated_devices(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_distributed_processes_agree_with_one_device():
+    process = distributed("--epochs", "2")
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    for job in ("network on digits", "head of 9,999 classes"):
+        assert f"{job}: the same bits in all 2 processes" in output
+        costs = [float(cost) for cost in re.findall(rf"{job}, epoch \d: cost ([\d.]+)", output)]
+        assert costs[1] < 0.7 * costs[0]
+        (difference,) = re.findall(rf"{job}: (\S+) from one device", output)
+        assert float(difference) < 1e-5
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_distributed_processes_end_when_one_is_killed(victim):
+    process = distributed("--epochs", "100000")
+    pids = [int(pid) for pid in process.stdout.readline().split()[2:]]
+    while "epoch 2" not in process.stdout.readline():
+        pass
+    os.kill(pids[victim], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"process {victim} ended with code -9" in errors
+    assert f"process {1 - victim}: stopped, as another one has" in errors or "another task died" in errors
