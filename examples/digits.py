@@ -1,11 +1,13 @@
 """The main job: FC → FC → softmax on real handwritten digits, and its gradient four ways.
 
-With --data it learns from a folder of your own, in the format of MNIST, instead of scikit-learn's digits.
+With --data it learns from a folder of your own, in the format of MNIST, instead of scikit-learn's digits;
+with --checkpoint it keeps every epoch, and a run that was stopped goes on by the same command.
 Run `python examples/digits.py --help` for the options.
 """
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,11 +18,12 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from checkpoints import Checkpoints, Saved, checksum
 from idx import Part, read_folder
 from matplotlib.backend_bases import FigureCanvasBase
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tqdm import trange
+from tqdm import tqdm
 
 import jaxsoftmax as js
 
@@ -96,18 +99,36 @@ def train(options: argparse.Namespace, data: Data) -> tuple[js.Network, History]
 
     epoch = js.make_epoch(cost, optimizer, options.batch_size)
     network = js.init_network(key_network, data.training.x.shape[1], options.hidden, data.classes)
-    state = js.init_state(network, optimizer)
-    history = History([], [], [])
-    with trange(options.epochs, desc="training", unit="epoch") as progress:
-        for number in progress:
-            state, costs = epoch(state, data.training, jax.random.fold_in(key_epochs, number))
-            history.cost.append(float(jnp.mean(costs)))
-            history.train_accuracy.append(float(accuracy(state.params, data.training)))
-            history.test_accuracy.append(float(accuracy(state.params, data.test)))
-            progress.set_postfix(
-                cost=f"{history.cost[-1]:.4f}", test_accuracy=f"{history.test_accuracy[-1]:.2%}"
-            )
-    return state.params, history
+    run = Saved(0, js.init_state(network, optimizer), History([], [], [])._asdict())
+    checkpoints = None
+    if options.checkpoint is not None:
+        names = "batch_size", "hidden", "learning_rate", "penalty", "seed"
+        settings = {name: getattr(options, name) for name in names}
+        checkpoints = Checkpoints(options.checkpoint, settings | {"data": checksum(data.training)})
+        run = checkpoints.newest(run.state) or run
+    history = History(**run.history)
+    try:
+        numbers, total = range(run.epochs, options.epochs), options.epochs
+        with tqdm(numbers, "training", total, initial=run.epochs, unit="epoch") as progress:
+            for number in progress:
+                state, costs = epoch(run.state, data.training, jax.random.fold_in(key_epochs, number))
+                history.cost.append(float(jnp.mean(costs)))
+                history.train_accuracy.append(float(accuracy(state.params, data.training)))
+                history.test_accuracy.append(float(accuracy(state.params, data.test)))
+                progress.set_postfix(
+                    cost=f"{history.cost[-1]:.4f}", test_accuracy=f"{history.test_accuracy[-1]:.2%}"
+                )
+                run = Saved(number + 1, state, history._asdict())
+                if checkpoints is not None:
+                    checkpoints.save(run)
+    except KeyboardInterrupt:
+        where = f"--checkpoint {options.checkpoint}"
+        kept = (
+            "--checkpoint would have kept them" if checkpoints is None else f"{where} goes on from there"
+        )
+        print(f"\ninterrupted after {run.epochs} epochs: {kept}", file=sys.stderr)
+        sys.exit(130)
+    return run.state.params, history
 
 
 def gradient_four_ways(network: js.Network, examples: Examples) -> dict[str, dict[str, float]]:
@@ -271,6 +292,18 @@ def image_folder(text: str) -> tuple[Part, Part]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def checkpoint_folder(text: str) -> Path:
+    """A folder that can be written, made if it is not there."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from None
+    return path
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(
@@ -280,6 +313,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data", type=image_folder, metavar="FOLDER",
         help="images in the format of MNIST; those of scikit-learn if None",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", type=checkpoint_folder, metavar="FOLDER",
+        help="keeps the newest three epochs here, and goes on from the newest",
     )  # fmt: skip
     count = checked(int, "a whole number from 1 to 100,000", lambda value: 1 <= value <= 100_000)
     parser.add_argument("--epochs", type=count, default=40, help="passes over the training set")

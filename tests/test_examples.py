@@ -9,9 +9,11 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -58,6 +60,112 @@ def test_digits_gives_the_same_result_for_the_same_seed(example, tmp_path, monke
     first, again, other = (digits.main([*options, *more]) for more in ([], [], ["--seed", "1"]))
     assert first.history == again.history
     assert first.history != other.history
+
+
+def without_simulated_devices():
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+SMALL = ["--hidden", "16", "--batch-size", "512"]
+
+
+@pytest.fixture
+def digits(example, monkeypatch):
+    """The example without what comes after training."""
+    module = example("digits")
+    monkeypatch.setattr(module, "gradient_four_ways", lambda *_: {"left out": {"here": 0.0}})
+    monkeypatch.setattr(module, "draw", lambda *_: None)
+    return module
+
+
+def assert_same_run(actual, expected):
+    assert actual.history == expected.history
+    for a, b in zip(jax.tree.leaves(actual.network), jax.tree.leaves(expected.network), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_digits_ends_with_the_same_bits_however_often_it_is_killed(digits, tmp_path):
+    options = [*SMALL, "--epochs", "40", "--output", str(tmp_path / "a.png")]
+    folder = tmp_path / "run"
+    program = (
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import digits; print('ready', flush=True); "
+        "digits.train(digits.parse(sys.argv[1:]), digits.load())"
+    )
+    generator = np.random.default_rng()
+    moments = generator.uniform(0, 2, 10)
+    for moment in moments:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, *options, "--checkpoint", str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=without_simulated_devices(),
+        )
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(moment)
+        process.kill()
+        process.communicate()
+    resumed = digits.main([*options, "--checkpoint", str(folder)])
+    assert_same_run(resumed, digits.main(options))
+    assert len(list(folder.iterdir())) == 3
+
+
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [flipped, lambda file: os.truncate(file, 100), lambda file: file.unlink()]
+)
+def test_digits_goes_on_from_the_checkpoint_before_a_damaged_one(digits, tmp_path, capsys, damage):
+    def run(epochs):
+        return digits.main([*SMALL, "--epochs", str(epochs), "--checkpoint", str(tmp_path / "run")])
+
+    run(3)
+    newest = tmp_path / "run" / "3" / "state"
+    damage(max((file for file in newest.rglob("*") if file.is_file()), key=lambda f: f.stat().st_size))
+    resumed = run(4)
+    assert "the checkpoint of epoch 3 is damaged" in capsys.readouterr().err
+    assert_same_run(resumed, digits.main([*SMALL, "--epochs", "4"]))
+
+
+def test_digits_stops_in_words_and_goes_on(digits, tmp_path, capsys, monkeypatch):
+    options = [*SMALL, "--checkpoint", str(tmp_path / "run")]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    digits.main([*options, "--epochs", "2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(digits, "accuracy", interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            digits.main([*options, "--epochs", "4"])
+    assert stopped.value.code == 130
+    assert "interrupted after 2 epochs: --checkpoint" in capsys.readouterr().err
+
+    # A disk is full for whoever may write no file longer than 1 KiB, so here after compiling.
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import digits
+save = digits.Checkpoints.save
+def save_on_full_disk(*arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+    save(*arguments)
+digits.Checkpoints.save = save_on_full_disk
+digits.main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", program, *options, "--epochs", "4"]
+    full = subprocess.run(command, env=without_simulated_devices(), capture_output=True, text=True)
+    assert full.returncode == 1
+    last_lines = full.stderr.splitlines()[-2:]
+    assert "cannot write the checkpoint of epoch 3 to" in last_lines[0]
+    assert "File too large" in last_lines[0]
+    assert last_lines[1] == "that of epoch 2 is kept"
+    assert_same_run(digits.main([*options, "--epochs", "4"]), digits.main([*SMALL, "--epochs", "4"]))
+    with pytest.raises(SystemExit, match="holds a run with hidden 16, not 8: use the options"):
+        digits.main([*options, "--hidden", "8"])
 
 
 @pytest.mark.parametrize(
@@ -334,10 +442,6 @@ def test_gradient_accumulation_needs_the_whole_weight(example):
     assert errors.pop("mean of the means") > 0.1
     assert len(errors) == 2
     assert max(errors.values()) < 1e-6
-
-
-def without_simulated_devices():
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
 
 def distributed(*options):
