@@ -8,6 +8,7 @@ JAX_PROCESS_ID too.
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -174,6 +175,8 @@ def start() -> int:
         for number in range(PROCESSES)
     ]
     print("started processes", *(process.pid for process in processes), flush=True)
+    # Whoever ends this process ends the others too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         # The others end by themselves when one is lost, unless it was lost before they met.
         while not any(codes(processes)) and None in codes(processes):

@@ -208,6 +208,11 @@ def as_axes(name: str, axis: MeshAxis) -> Axes:
 def spread_over(what: str, array: Array, name: str, axis: MeshAxis) -> Axes:
     """The mesh axes, inside a `jax.shard_map`, that an array is spread over."""
     axes = as_axes(name, axis)
+    inside = jax.sharding.get_abstract_mesh().manual_axes
+    if not set(axes) <= set(inside):
+        raise ValueError(
+            f"{name} must name axes of a jax.shard_map around this call, which has {inside}, got {axis!r}"
+        )
     missing = set(axes) - jax.typeof(array).mat.varying
     if missing:
         raise ValueError(

@@ -42,8 +42,10 @@ from ._softmax import (
     row_maximum,
     row_sums,
     share,
+    spread,
     sum_of_other_exponentials,
     sum_of_others,
+    varying,
 )
 
 Reduction = Literal["mean", "sum", "none"]
@@ -174,7 +176,7 @@ def quadratic_cost(
     """
     z, labels, weight, axes = _as_examples(logits, labels, axis, sample_weight, class_axis)
     z = z.astype(arithmetic_dtype(z.dtype))
-    cost = _quadratic(axes, z, _as_targets(labels, weight, z.dtype))
+    cost = _quadratic(axes, *_alike(z, _as_targets(labels, weight, z.dtype)))
     if weight is not None:
         cost = _weighted(weight, cost)
     return reduced(cost, total_weight(labels, weight), reduction, None)
@@ -247,7 +249,7 @@ def example_costs(
     m is the `row_maximum` of z, to within a rounding.
     """
     w, alpha, zeta = options
-    labels = _as_targets(labels, v, m.dtype)
+    z, labels = _alike(z, _as_targets(labels, v, m.dtype))
     if _is_probability(labels):
         q = labels if alpha is None else (1 - alpha) * labels + alpha * _even(exists, z, m.dtype, axes)
         cost, log_sum = _target_cost(axes, z.astype(m.dtype), q if w is None else w * q)
@@ -304,6 +306,12 @@ def _as_targets(labels, v, dtype):
         return labels if v is None else jnp.where((v == 0) & (labels < 0), 0, labels)
     y = labels.astype(dtype)
     return y if v is None else jnp.where((v == 0)[..., None] & ~jnp.isfinite(y), 0, y)
+
+
+def _alike(z, labels):
+    """Logits and labels that vary along the same mesh axes, as a rule's gradients by them do."""
+    z = spread(z, varying(labels))
+    return z, spread(labels, varying(z)) if _is_probability(labels) else labels
 
 
 def _class_weight(labels, w, axes):

@@ -39,7 +39,9 @@ from ._softmax import (
     pick,
     reduce_rows,
     row_maximum,
+    spread,
     sum_of_other_exponentials,
+    varying,
 )
 
 CHUNK = 2**19  # The most numbers of the weights' gradient that one product adds to.
@@ -91,8 +93,9 @@ def linear_log_likelihood_cost(
             label must be below it; a probability there costs +inf.
         batch_axis: The axis or axes of the mesh over which the first axis of `features` is spread, and
             with it labels, sample weights and costs. The mesh is that of `jax.set_mesh`, where arrays
-            have their full shapes and explicit axes need not be given, as types tell them; or that of
-            the `jax.shard_map` around this call, where arrays are each device's own part.
+            have their full shapes, explicit axes need not be given, as types tell them, and what is
+            elsewhere is moved; or that of the `jax.shard_map` around this call, whose `check_vma` must
+            be True, and where arrays are each device's own part.
         class_axis: As `batch_axis` for the columns of `weights`, and with them bias, class weights and
             probability labels. Their number must divide evenly: pad, and give `num_classes`.
         block_size: How many rows of logits are held at once, at most: the rows are divided evenly. None
@@ -279,7 +282,10 @@ def _places(x, w, batch_axis, class_axis):
     batch_axes = batch_axes or _names(batch)
     class_axes = class_axes or _names(jax.typeof(w).sharding.spec[1:])
     if set(batch_axes) & set(class_axes):
-        raise ValueError(f"batch_axis and class_axis must differ, got {batch_axes} and {class_axes}")
+        raise ValueError(
+            f"rows and classes must be over different axes of the mesh, got {batch_axes} and "
+            f"{class_axes}, as given or from the types: name others with batch_axis and class_axis"
+        )
     if batch_axes and x.ndim == 1:
         raise ValueError("batch_axis needs features with an axis before the last, got one example")
     for what, count, axes in (("examples", x.shape[0], batch[:1]), ("classes", w.shape[1], class_axes)):
@@ -312,34 +318,23 @@ def _on_mesh(function, places, result, rows, layer, normalizer):
         P(),
     )
     arguments = jax.tree.map(jnp.asarray, (rows, layer, normalizer))
-    if jax.sharding.get_abstract_mesh().explicit_axes:
-        arguments = jax.tree.map(_placed, specs, arguments)
+    arguments = jax.tree.map(_placed, specs, arguments)
     return jax.shard_map(function, in_specs=specs, out_specs=result)(*arguments)
 
 
 def _placed(place, arrays):
+    """The arrays where they must be, as far as types tell: shard_map itself moves along other axes."""
+    explicit = jax.sharding.get_abstract_mesh().explicit_axes
+    if not explicit:
+        return arrays
+    place = P(*(tuple(axis for axis in _names([part]) if axis in explicit) or None for part in place))
     return jax.tree.map(lambda array: jax.reshard(array, place), arrays)
-
-
-def _varying(array):
-    """The mesh axes between whose devices an array may differ, inside `jax.shard_map`."""
-    return jax.typeof(array).mat.varying
-
-
-def _spread(tree, axes):
-    """The same arrays as if they differed along the axes: what they add to a gradient is not summed."""
-
-    def spread(array):
-        missing = tuple(sorted(set(axes) - _varying(array)))
-        return jax.lax.pcast(array, missing, to="varying") if missing else array
-
-    return jax.tree.map(spread, tree)
 
 
 def _cost(plan, reduction, batch_axes, rows, layer, normalizer):
     """The cost of a device's rows and classes: that of all for "mean" and "sum"."""
     batch, dtype = rows.features.shape[:-1], arithmetic_dtype(rows.features.dtype)
-    rows = _flat(_spread(rows, batch_axes), len(batch))
+    rows = _flat(spread(rows, batch_axes), len(batch))
     plan = _with_block_size(plan, rows, layer)
     weight = total_weight(rows.labels, rows.sample_weight, layer.options.class_weight, plan.axes)
     weight = jax.lax.psum(weight, batch_axes)
@@ -485,8 +480,8 @@ def _cast(gradients, like):
         rows = rows._replace(labels=None)
 
     def cast(gradient, other):
-        axes = tuple(sorted(_varying(gradient) - _varying(other)))
-        return jax.lax.psum(gradient, axes).astype(other.dtype)
+        axes = tuple(sorted(varying(gradient) - varying(other)))
+        return spread(jax.lax.psum(gradient, axes), varying(other)).astype(other.dtype)
 
     return jax.tree.map(cast, gradients, (layer, rows, *others))
 
@@ -552,8 +547,9 @@ def _statistics(plan, layer, rows):
     def step(_, rows, __):
         product = _product(rows.features, layer.weights)
         z, m, _ = _logits(plan, product, layer)
-        # The softcap changes no order, and before it nothing is multiplied.
-        prediction = first_largest(_logits(plan, product, layer._replace(softcap=None)).z, 0, axes)
+        # The softcap changes no order. Before it nothing is multiplied, but for one feature's product.
+        ulps = 4 if rows.features.shape[1] == 1 else 0
+        prediction = first_largest(_logits(plan, product, layer._replace(softcap=None)).z, ulps, axes)
         winner = prediction - first_class(z, axes)
         own = jnp.exp(pick(z, winner, axes) - m)
         rest = sum_of_other_exponentials(z, m, winner, axes)
@@ -585,7 +581,7 @@ def _surprises_of_others(axes, z, m, winner, log_sum):
 @partial(jax.jit, static_argnums=0)
 def _whole(plan, layer, rows):
     """The cost of each row of one block, which needs no rule but the cost's own."""
-    layer = _spread(layer, _varying(rows.features))
+    layer, rows = _apart(plan, layer, rows)
     x, w = _sound(rows), layer.weights
     # Not for more classes, which would have the larger gradient copied.
     product = _product(x, _turned(w) if x.shape[0] >= 8 * w.shape[1] else w)
@@ -595,7 +591,7 @@ def _whole(plan, layer, rows):
 @partial(jax.jit, static_argnums=0)
 def _recomputed(plan, layer, rows):
     """The cost of each row, without a rule for all blocks: each is computed again for its gradient."""
-    layer = _spread(layer, _varying(rows.features))
+    layer, rows = _apart(plan, layer, rows)
     cost = jax.checkpoint(partial(_whole, plan))
     return _over_blocks(plan, lambda _, rows, __: (None, cost(layer, rows)), rows)[1]
 
@@ -677,6 +673,13 @@ def _each_bwd(plan, residuals, cotangent):
 _each.defvjp(_each_fwd, _each_bwd)
 
 
+def _apart(plan, layer, rows):
+    """The same, each device's own: what varies along one mesh axis in one array does so in all."""
+    along = frozenset().union(*map(varying, jax.tree.leaves((layer, rows))))
+    layer, rows = spread((layer, rows), along - set(plan.axes))
+    return layer, rows._replace(features=spread(rows.features, along))
+
+
 @partial(jax.jit, static_argnums=0)
 def _with_gradients(plan, layer, rows, cotangent):
     """The cost C_n of each row, and the gradient of Σ_n cotangent_n C_n by layer (wide) and rows.
@@ -685,9 +688,7 @@ def _with_gradients(plan, layer, rows, cotangent):
     ∂/∂w = xᵀ D,  ∂/∂b = Σ_n D,  ∂/∂x = D wᵀ.
     On a mesh each device gives its own rows' and classes' part, which nobody has summed yet.
     """
-    along_rows, along_classes = _varying(rows.features), _varying(layer.weights)
-    layer, cotangent = _spread((layer, cotangent), along_rows)
-    rows = rows._replace(features=_spread(rows.features, along_classes))
+    layer, rows = _apart(plan, layer, rows)
 
     def step(d_layer, block, is_new):
         rows, cotangent = block
@@ -700,7 +701,7 @@ def _with_gradients(plan, layer, rows, cotangent):
             return _costs(plan, product, others._replace(bias=layer.bias), rows)
 
         costs, pull_back = jax.vjp(costs_of, _product(x, layer.weights), *others)
-        d_z, d_others, d_rows = pull_back(cotangent)
+        d_z, d_others, d_rows = pull_back(spread(cotangent, varying(costs)))
         narrow, unit = _narrowed(d_z, x.dtype)
         # Weights first: faster on the CPU, as long as the compiler does not turn it round again.
         d_x = unit * jax.lax.optimization_barrier(_product(layer.weights, narrow.T)).T

@@ -1,6 +1,6 @@
 """Softmax and log-softmax with analytic gradients, and the row sums that make both exact."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,8 +37,8 @@ def softmax(
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
         axis: The class axis.
         where: The classes that exist, broadcastable to `logits`; all if None.
-        class_axis: Inside `jax.shard_map`, the mesh axis or axes that the classes are spread over;
-            elsewhere none is needed, sharded or not.
+        class_axis: Inside `jax.shard_map` with `check_vma` True, the mesh axis or axes that the classes
+            are spread over; elsewhere none is needed, sharded or not.
 
     Returns:
         Probabilities of the logits' shape and dtype. bfloat16 and float16 are computed in float32 and
@@ -262,6 +262,21 @@ def is_here(index: Integer[Array, "..."], values: Array) -> Array:
     return (index >= 0) & (index < values.shape[-1])
 
 
+def varying(array: jax.typing.ArrayLike) -> frozenset[str]:
+    """The mesh axes between whose devices an array may differ, inside `jax.shard_map`."""
+    return jax.typeof(array).mat.varying
+
+
+def spread(tree: Any, axes: Iterable[str]) -> Any:
+    """The same arrays as if they differed along the axes, and gradients by them are summed."""
+
+    def each(array):
+        missing = tuple(sorted(set(axes) - varying(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(each, tree)
+
+
 def class_count(values: Float[Array, "*batch classes"], axes: Axes) -> int:
     """How many classes there are on all devices."""
     return values.shape[-1] * (jax.lax.axis_size(axes) if axes else 1)
@@ -371,7 +386,10 @@ def is_sharded(array: Array) -> bool:
 
 def is_class(logits: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]) -> Array:
     """Whether each class is the one of its row at `index`."""
-    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == index
+    # Spread as the logits are: between arrays that are, a select takes no other condition.
+    place = jax.typeof(logits).sharding if is_sharded(logits) else None
+    numbers = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1, out_sharding=place)
+    return numbers == index
 
 
 def pull_back_softmax(sums: RowSums, cotangent: Float[Array, "*batch classes"], axes: Axes = ()) -> Array:

@@ -418,6 +418,16 @@ def test_transformations():
         assert_close(*results, ulps=32)
 
 
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_statistics_of_one_feature(num_classes):
+    x, w, _ = layer(64, 1, 5, jnp.float32)
+    statistics = js.head_statistics(x, w, None, num_classes=num_classes)
+    z = (x * w)[:, :num_classes]
+    np.testing.assert_array_equal(statistics.prediction, jnp.argmax(z, axis=-1))
+    a = js.softmax(z)
+    np.testing.assert_allclose(statistics.entropy, -jnp.sum(a * jnp.log(a), axis=-1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_statistics(soft):
     x, w, b = layer(13, 4, 9, jnp.float32, scale=2)

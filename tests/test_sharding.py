@@ -39,7 +39,7 @@ def make_mesh(shape, kind):
     return jax.make_mesh(shape, ("data", "model")[: len(shape)], axis_types=(kind,) * len(shape))
 
 
-def place(mesh, arrays, specs):
+def place_on(mesh, arrays, specs):
     return tuple(jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True))
 
 
@@ -111,7 +111,7 @@ def test_head_equals_that_of_one_device(shape, kind):
             )
             if kind == AxisType.Manual:
                 on_mesh = jax.shard_map(on_mesh, in_specs=specs, out_specs=place_of_cost)
-            arguments = place(mesh, arguments, specs)
+            arguments = place_on(mesh, arguments, specs)
             cotangent = jax.device_put(cotangent, NamedSharding(mesh, place_of_cost))
             actual = jax.jit(partial(value_and_gradients, on_mesh))(arguments, cotangent)
         assert_norms_close(actual, expected, 2e-5 if dtype == jnp.float32 else 3e-2)
@@ -136,7 +136,7 @@ def test_head_on_a_mesh_is_exact(kind):
         cost = jax.shard_map(cost, in_specs=specs, out_specs=P("data"))
     with jax.set_mesh(mesh):
         # Each example picks its own row of the weights: its logits, and their gradient.
-        x, w, y = place(mesh, (np.eye(8, dtype=np.float32), logits, labels), specs)
+        x, w, y = place_on(mesh, (np.eye(8, dtype=np.float32), logits, labels), specs)
         costs, gradient = jax.jit(
             lambda x, w, y: (cost(x, w, y), jax.grad(lambda w: cost(x, w, y).sum())(w))
         )(x, w, y)
@@ -171,7 +171,7 @@ def test_what_the_head_moves_and_computes(kind, block_size):
         cost = jax.shard_map(cost, in_specs=specs, out_specs=P())
     x, w, b, labels, *_ = head_arguments(rows, features, classes, jnp.float32)
     with jax.set_mesh(mesh):
-        arguments = place(mesh, (x, w, b, labels), specs)
+        arguments = place_on(mesh, (x, w, b, labels), specs)
         compiled = jax.jit(jax.value_and_grad(cost, (0, 1, 2))).lower(*arguments).compile()
     own_rows, own_classes, block = rows // 2, classes // 4, block_size or rows // 2
     sent = moved(compiled)
@@ -194,7 +194,9 @@ def test_weights_spread_by_rows_are_gathered_once():
     cost = partial(js.linear_log_likelihood_cost, block_size=2)
     expected = jax.value_and_grad(cost, (0, 1))(x, w, b, labels)
     with jax.set_mesh(mesh):
-        arguments = place(mesh, (x, w, b, labels), (P("data"), P("data", "model"), P("model"), P("data")))
+        arguments = place_on(
+            mesh, (x, w, b, labels), (P("data"), P("data", "model"), P("model"), P("data"))
+        )
         compiled = jax.jit(jax.value_and_grad(cost, (0, 1))).lower(*arguments).compile()
         actual = compiled(*arguments)
     assert [shape for operation, shape in moved(compiled) if operation == "all-gather"] == [(FEATURES, 6)]
@@ -214,7 +216,7 @@ def test_statistics_on_a_mesh(kind):
     if kind == AxisType.Manual:
         statistics = jax.shard_map(statistics, in_specs=specs, out_specs=P("data"))
     with jax.set_mesh(mesh):
-        actual = jax.jit(statistics)(*place(mesh, (x, w, b, labels), specs))
+        actual = jax.jit(statistics)(*place_on(mesh, (x, w, b, labels), specs))
     np.testing.assert_array_equal(actual.prediction, expected.prediction)
     assert_close(actual._replace(prediction=None), expected._replace(prediction=None), ulps=16)
 
@@ -248,7 +250,7 @@ def test_classes_spread_inside_shard_map(soft):
         out_specs=(both, both, P("data"), P("data")),
     )
     arguments = logits, labels, exists, sample_weight, class_weight
-    for function, placed in ((every, arguments), (on_mesh, place(mesh, arguments, specs))):
+    for function, placed in ((every, arguments), (on_mesh, place_on(mesh, arguments, specs))):
         cotangent = tuple(
             random_logits(shape, 1, jnp.float32, seed=9) for shape in ((8, 16), (8, 16), (8,), (8,))
         )
@@ -257,6 +259,29 @@ def test_classes_spread_inside_shard_map(soft):
         if function is every:
             expected = result
     assert_close(result, expected, ulps=32)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("place", [P("data", "model"), P(None, "model"), P("data")])
+def test_quadratic_cost_on_explicit_axes(place, soft):
+    mesh = make_mesh((2, 4), AxisType.Explicit)
+    logits = random_logits((8, 16), 2, jnp.float32)
+    labels = random_targets((8, 16), jnp.float32) if soft else random_labels((8, 16))
+    expected = jax.value_and_grad(js.quadratic_cost)(logits, labels)
+    with jax.set_mesh(mesh):
+        (logits,) = place_on(mesh, (logits,), (place,))
+        assert_close(jax.jit(jax.value_and_grad(js.quadratic_cost))(logits, labels), expected, ulps=8)
+
+
+def test_head_on_a_mesh_of_both_kinds_of_axes():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    arguments = head_arguments(ROWS, FEATURES, CLASSES, jnp.float32)[:4]
+    expected = jax.value_and_grad(js.linear_log_likelihood_cost, (0, 1, 2))(*arguments)
+    with jax.set_mesh(mesh):
+        arguments = place_on(mesh, arguments, head_specs("data", "model")[:4])
+        cost = partial(js.linear_log_likelihood_cost, class_axis="model")
+        actual = jax.jit(jax.value_and_grad(cost, (0, 1, 2)))(*arguments)
+    assert_close(actual, expected, ulps=8)
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -270,10 +295,52 @@ def test_training_on_a_mesh_ends_as_on_one_device(explicit, key):
     state = js.init_state(js.init_network(key, 5, 8, 3), optimizer)
     expected, costs = epoch(state, data, key)
     with jax.set_mesh(mesh):
-        data = place(mesh, data, (P("data"), P("data")))
+        data = place_on(mesh, data, (P("data"), P("data")))
         state = jax.device_put(state, NamedSharding(mesh, P()))
         actual, costs_on_mesh = epoch(state, data, jax.device_put(key, NamedSharding(mesh, P())))
     assert_close((actual.params, costs_on_mesh), (expected.params, costs), ulps=64)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_what_one_argument_varies_along_the_others_need_not(soft, reduction):
+    mesh = make_mesh((8,), AxisType.Auto)
+    x, w, _, labels, *_ = head_arguments(ROWS, FEATURES, CLASSES, jnp.float32, soft)
+    several = {
+        "weights": (P(), P("data"), P(), (x, jnp.concatenate([w * (1 + i) for i in range(8)]), labels)),
+        "rows": (P("data"), P(), P(), (x, w, labels[: ROWS // 8])),
+        "labels": (P(), P(), P("data"), (x[: ROWS // 8], w, labels)),
+    }
+
+    def dense(x, w, labels):
+        return js.log_likelihood_cost(x @ w, labels, reduction=reduction).sum()
+
+    def quadratic(x, w, labels):
+        return js.quadratic_cost(x @ w, labels, reduction=reduction).sum()
+
+    def head(x, w, labels, block_size=None):
+        return js.linear_log_likelihood_cost(
+            x, w, None, labels, reduction=reduction, block_size=block_size
+        ).sum()
+
+    for *specs, arguments in several.values():
+        for cost in (dense, quadratic, head, partial(head, block_size=1)):
+
+            def whole(*arguments, cost=cost, specs=specs):
+                each = jax.shard_map(
+                    lambda *a: cost(*a)[None], mesh=mesh, in_specs=tuple(specs), out_specs=P("data")
+                )
+                return each(*arguments).sum()
+
+            def one_by_one(*arguments, cost=cost, specs=specs):
+                split = [
+                    jnp.split(a, 8) if spec == P("data") else [a] * 8
+                    for spec, a in zip(specs, arguments, strict=True)
+                ]
+                return sum(cost(*part) for part in zip(*split, strict=True))
+
+            actual, expected = (jax.jit(jax.value_and_grad(f, (0, 1))) for f in (whole, one_by_one))
+            assert_norms_close(actual(*arguments), expected(*arguments), 2e-5)
 
 
 def test_errors_say_what_to_do():
@@ -286,7 +353,7 @@ def test_errors_say_what_to_do():
     with jax.set_mesh(make_mesh((2, 4), AxisType.Auto)):
         with pytest.raises(ValueError, match=r"must name axes of the mesh.*got 'rows'"):
             head(x, w, b, labels, batch_axis="rows")
-        with pytest.raises(ValueError, match="batch_axis and class_axis must differ"):
+        with pytest.raises(ValueError, match="rows and classes must be over different axes"):
             head(x, w, b, labels, batch_axis="data", class_axis=("model", "data"))
         with pytest.raises(
             ValueError, match=r"23 classes do not divide evenly over 4 devices.*num_classes"
@@ -303,6 +370,8 @@ def test_errors_say_what_to_do():
                 out_specs=P(),
                 check_vma=False,
             )(x, w, b, labels)
+        with pytest.raises(ValueError, match=r"class_axis must name axes of a jax\.shard_map around"):
+            js.softmax(x @ w, class_axis="model")
         with pytest.raises(ValueError, match=r"logits must be spread over class_axis.*\['model'\]"):
             jax.shard_map(
                 partial(js.log_likelihood_cost, class_axis="model"), in_specs=P(), out_specs=P()
