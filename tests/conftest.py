@@ -3,8 +3,12 @@
 import os
 import tempfile
 
-# Before JAX starts a backend: several devices, so that a test can shard over them.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before JAX starts a backend: several devices, so that a test can shard over them. Small programs
+# compile faster in one piece.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 
 # What one process has compiled, the others load: two of them run tests, and some run the examples.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -228,15 +228,15 @@ def test_no_product_that_nobody_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("rows", "block_size", "dtype"),
+    ("rows", "block_size", "dtype", "reduction"),
     [
-        ((), None, jnp.float32),
-        ((12,), 4, jnp.float32),
-        ((4,), None, jnp.bfloat16),
-        ((9,), 4, jnp.float16),
+        ((), None, jnp.float32, "mean"),
+        ((12,), 4, jnp.float32, "mean"),
+        ((12,), 4, jnp.float32, "none"),
+        ((4,), None, jnp.bfloat16, "none"),
+        ((9,), 4, jnp.float16, "mean"),
     ],
 )
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_examples_under_vmap_share_the_gradient_of_their_weights(rows, block_size, dtype, reduction):
     batch, features, classes = 64, 512, 4096
     shapes = [(features, classes), (classes,), (batch, *rows, features)]
@@ -255,8 +255,7 @@ def test_examples_under_vmap_share_the_gradient_of_their_weights(rows, block_siz
     assert compiled.memory_analysis().temp_size_in_bytes < batch * features * classes * 4 / 8
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("dtype", "reduction"), [(jnp.float32, "mean"), (jnp.bfloat16, "none")])
 def test_examples_of_several_blocks_under_vmap(reduction, dtype):
     x, w, b = layer(15, 4, 9, dtype)
     x, labels = x.reshape(3, 5, 4), random_labels((15, 9)).reshape(3, 5)
