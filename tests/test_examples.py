@@ -90,6 +90,7 @@ def test_digits_ends_with_the_same_bits_however_often_it_is_killed(digits, tmp_p
     folder = tmp_path / "run"
     # Forked from a process that has imported everything and started nothing.
     monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES))
     starter = multiprocessing.get_context("forkserver")
     starter.set_forkserver_preload(["digits", "jax"])
     for moment in np.random.default_rng().uniform(0, 3, 10):
