@@ -91,7 +91,6 @@ def test_digits_ends_with_the_same_bits_however_often_it_is_killed(digits, tmp_p
     folder = tmp_path / "run"
     # Forked from a process that has imported everything and started nothing.
     with monkeypatch.context() as patch:
-        patch.delenv("XLA_FLAGS")
         patch.setenv("PYTHONPATH", str(EXAMPLES))
         starter = multiprocessing.get_context("forkserver")
         starter.set_forkserver_preload(["digits", "jax"])
