@@ -205,6 +205,11 @@ def as_axes(name: str, axis: MeshAxis) -> Axes:
     return axes
 
 
+def varying(array: ArrayLike) -> frozenset[str]:
+    """The mesh axes between whose devices an array may differ, inside `jax.shard_map`."""
+    return jax.typeof(array).mat.varying
+
+
 def spread_over(what: str, array: Array, name: str, axis: MeshAxis) -> Axes:
     """The mesh axes, inside a `jax.shard_map`, that an array is spread over."""
     axes = as_axes(name, axis)
@@ -213,7 +218,7 @@ def spread_over(what: str, array: Array, name: str, axis: MeshAxis) -> Axes:
         raise ValueError(
             f"{name} must name axes of a jax.shard_map around this call, which has {inside}, got {axis!r}"
         )
-    missing = set(axes) - jax.typeof(array).mat.varying
+    missing = set(axes) - varying(array)
     if missing:
         raise ValueError(
             f"{what} must be spread over {name} {axis!r} by the jax.shard_map around this call, with its "

@@ -23,6 +23,7 @@ from ._checks import (
     as_weights,
     as_where,
     spread_over,
+    varying,
 )
 from ._softmax import (
     LIFT,
@@ -31,8 +32,8 @@ from ._softmax import (
     class_count,
     custom_vjp_static_first,
     first_class,
+    from_its_device,
     is_class,
-    is_here,
     is_sharded,
     lifted_roots,
     over_classes,
@@ -45,7 +46,6 @@ from ._softmax import (
     spread,
     sum_of_other_exponentials,
     sum_of_others,
-    varying,
 )
 
 Reduction = Literal["mean", "sum", "none"]
@@ -318,14 +318,12 @@ def _class_weight(labels, w, axes):
     """Σ_k w_k y_k for each example; NaN where an integer label names no class."""
     if _is_probability(labels):
         return over_classes(jnp.sum, w * labels, axes)[..., 0]
-    number = labels - first_class(w, axes)
     if is_sharded(labels) or is_sharded(w):
         own = jnp.arange(w.shape[0], dtype=labels.dtype) == labels[..., None]
         weight = jnp.sum(jnp.where(own, w, 0), axis=-1)
     else:
-        weight = jnp.take(w, number, mode="clip")
-    if axes:
-        weight = jax.lax.psum(jnp.where(is_here(number, w), weight, 0), axes)
+        number = labels - first_class(w, axes)
+        weight = from_its_device(jnp.take(w, number, mode="clip"), number, w, axes)
     return jnp.where(labels < 0, jnp.nan, weight)
 
 

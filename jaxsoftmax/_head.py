@@ -28,6 +28,7 @@ from ._checks import (
     as_weights,
     is_known,
     spread_over,
+    varying,
 )
 from ._cost import Options, Reduction, as_options, example_costs, reduced, total_weight
 from ._softmax import (
@@ -41,7 +42,6 @@ from ._softmax import (
     row_maximum,
     spread,
     sum_of_other_exponentials,
-    varying,
 )
 
 CHUNK = 2**19  # The most numbers of the weights' gradient that one product adds to.
@@ -278,7 +278,7 @@ def _places(x, w, batch_axis, class_axis):
         batch_axes = spread_over("features", x, "batch_axis", batch_axis)
         return _Places(P(), batch_axes, spread_over("weights", w, "class_axis", class_axis), False)
     batch_axes, class_axes = as_axes("batch_axis", batch_axis), as_axes("class_axis", class_axis)
-    batch = P(batch_axes or None) if batch_axes else P(*jax.typeof(x).sharding.spec[:-1])
+    batch = P(batch_axes) if batch_axes else P(*jax.typeof(x).sharding.spec[:-1])
     batch_axes = batch_axes or _names(batch)
     class_axes = class_axes or _names(jax.typeof(w).sharding.spec[1:])
     if set(batch_axes) & set(class_axes):
@@ -581,7 +581,7 @@ def _surprises_of_others(axes, z, m, winner, log_sum):
 @partial(jax.jit, static_argnums=0)
 def _whole(plan, layer, rows):
     """The cost of each row of one block, which needs no rule but the cost's own."""
-    layer, rows = _apart(plan, layer, rows)
+    layer, rows = _each_its_own(plan, layer, rows)
     x, w = _sound(rows), layer.weights
     # Not for more classes, which would have the larger gradient copied.
     product = _product(x, _turned(w) if x.shape[0] >= 8 * w.shape[1] else w)
@@ -591,7 +591,7 @@ def _whole(plan, layer, rows):
 @partial(jax.jit, static_argnums=0)
 def _recomputed(plan, layer, rows):
     """The cost of each row, without a rule for all blocks: each is computed again for its gradient."""
-    layer, rows = _apart(plan, layer, rows)
+    layer, rows = _each_its_own(plan, layer, rows)
     cost = jax.checkpoint(partial(_whole, plan))
     return _over_blocks(plan, lambda _, rows, __: (None, cost(layer, rows)), rows)[1]
 
@@ -673,7 +673,7 @@ def _each_bwd(plan, residuals, cotangent):
 _each.defvjp(_each_fwd, _each_bwd)
 
 
-def _apart(plan, layer, rows):
+def _each_its_own(plan, layer, rows):
     """The same, each device's own: what varies along one mesh axis in one array does so in all."""
     along = frozenset().union(*map(varying, jax.tree.leaves((layer, rows))))
     layer, rows = spread((layer, rows), along - set(plan.axes))
@@ -688,7 +688,7 @@ def _with_gradients(plan, layer, rows, cotangent):
     ∂/∂w = xᵀ D,  ∂/∂b = Σ_n D,  ∂/∂x = D wᵀ.
     On a mesh each device gives its own rows' and classes' part, which nobody has summed yet.
     """
-    layer, rows = _apart(plan, layer, rows)
+    layer, rows = _each_its_own(plan, layer, rows)
 
     def step(d_layer, block, is_new):
         rows, cotangent = block

@@ -17,6 +17,7 @@ from ._checks import (
     as_logits,
     as_where,
     spread_over,
+    varying,
 )
 
 
@@ -175,6 +176,8 @@ class RowSums(NamedTuple):
 # Inside `jax.shard_map` the classes of a row may be spread over `axes` of the mesh. Then maxima and sums
 # go over all of them, and a class's number counts from the first of this device's own: the number of
 # another device's class is negative or beyond the last.
+
+
 def row_sums(logits: Float[Array, "*batch classes"], axes: Axes = ()) -> RowSums:
     """The row sums of the logits, exact for every class; NaN where there is no distribution."""
     maximum = row_maximum(logits, axes=axes)
@@ -252,19 +255,15 @@ def pick(
         # A gather along a sharded axis is refused; a sum over it is not.
         return jnp.sum(jnp.where(is_class(logits, index), logits, 0), axis=-1, keepdims=True)
     picked = jnp.take_along_axis(*apart(logits, index), axis=-1, mode="clip")
+    return from_its_device(picked, index, logits, axes)
+
+
+def from_its_device(picked: Array, index: Integer[Array, "..."], values: Array, axes: Axes) -> Array:
+    """What was picked of `values` at `index`, on the device that has the class of that number."""
     if not axes:
         return picked
-    return jax.lax.psum(jnp.where(is_here(index, logits), picked, 0), axes)
-
-
-def is_here(index: Integer[Array, "..."], values: Array) -> Array:
-    """Whether a class's number is that of one of this device's classes."""
-    return (index >= 0) & (index < values.shape[-1])
-
-
-def varying(array: jax.typing.ArrayLike) -> frozenset[str]:
-    """The mesh axes between whose devices an array may differ, inside `jax.shard_map`."""
-    return jax.typeof(array).mat.varying
+    is_here = (index >= 0) & (index < values.shape[-1])
+    return jax.lax.psum(jnp.where(is_here, picked, 0), axes)
 
 
 def spread(tree: Any, axes: Iterable[str]) -> Any:
@@ -328,8 +327,8 @@ def reduce_rows(
     # Without the barriers the compiler would apply elementwise terms before the reshape, and make one
     # reduction of the two: each runs several times as long.
     part, *given = jax.lax.optimization_barrier(parts)
-    parts = reduce(terms(part, first, *given), axis=-1)
-    return over_classes(reduce, jax.lax.optimization_barrier(parts), axes)
+    of_parts = reduce(terms(part, first, *given), axis=-1)
+    return over_classes(reduce, jax.lax.optimization_barrier(of_parts), axes)
 
 
 def apart(logits: Array, *columns: Array) -> tuple[Array, ...]:

@@ -83,7 +83,8 @@ def make_epoch(
     Returns:
         `epoch(state, data, key)` → (state, costs). `data` is a pytree of arrays with examples along
         their first axis; a batch is the same pytree of fewer examples. `costs` (batches,) are the
-        costs before each update. The same state, data and key give the same bits. The state passed in
+        costs before each update. Where types say that data is spread over a mesh, batches are too, if
+        its devices divide them. The same state, data and key give the same bits. The state passed in
         stays valid; to reuse its memory instead, wrap it as `jax.jit(epoch, donate_argnums=0)`.
 
     Raises:

@@ -63,6 +63,16 @@ def head_specs(data, model, soft=False):
     )  # fmt: skip
 
 
+def as_called(function, kind, specs, place, data="data", model="model"):
+    """The head as it is called on this kind of mesh."""
+    if kind == AxisType.Explicit:
+        return function
+    function = partial(function, batch_axis=data, class_axis=model)
+    if kind == AxisType.Auto:
+        return function
+    return jax.shard_map(function, in_specs=specs, out_specs=place)
+
+
 def value_and_gradients(function, arguments, cotangent):
     """The value, and the gradients by every floating-point argument."""
     is_float = [jnp.issubdtype(a.dtype, jnp.floating) for a in arguments]
@@ -106,11 +116,7 @@ def test_head_equals_that_of_one_device(shape, kind):
 
         expected = jax.jit(partial(value_and_gradients, cost))(arguments, cotangent)
         with jax.set_mesh(mesh):
-            on_mesh = (
-                cost if kind == AxisType.Explicit else partial(cost, batch_axis=data, class_axis=model)
-            )
-            if kind == AxisType.Manual:
-                on_mesh = jax.shard_map(on_mesh, in_specs=specs, out_specs=place_of_cost)
+            on_mesh = as_called(cost, kind, specs, place_of_cost, data, model)
             arguments = place_on(mesh, arguments, specs)
             cotangent = jax.device_put(cotangent, NamedSharding(mesh, place_of_cost))
             actual = jax.jit(partial(value_and_gradients, on_mesh))(arguments, cotangent)
@@ -130,10 +136,7 @@ def test_head_on_a_mesh_is_exact(kind):
     def cost(x, w, labels, **axes):
         return js.linear_log_likelihood_cost(x, w, None, labels, reduction="none", **axes)
 
-    if kind != AxisType.Explicit:
-        cost = partial(cost, batch_axis="data", class_axis="model")
-    if kind == AxisType.Manual:
-        cost = jax.shard_map(cost, in_specs=specs, out_specs=P("data"))
+    cost = as_called(cost, kind, specs, P("data"))
     with jax.set_mesh(mesh):
         # Each example picks its own row of the weights: its logits, and their gradient.
         x, w, y = place_on(mesh, (np.eye(8, dtype=np.float32), logits, labels), specs)
@@ -165,10 +168,7 @@ def test_what_the_head_moves_and_computes(kind, block_size):
     def cost(x, w, b, labels, **axes):
         return js.linear_log_likelihood_cost(x, w, b, labels, block_size=block_size, **axes)
 
-    if kind != AxisType.Explicit:
-        cost = partial(cost, batch_axis="data", class_axis="model")
-    if kind == AxisType.Manual:
-        cost = jax.shard_map(cost, in_specs=specs, out_specs=P())
+    cost = as_called(cost, kind, specs, P())
     x, w, b, labels, *_ = head_arguments(rows, features, classes, jnp.float32)
     with jax.set_mesh(mesh):
         arguments = place_on(mesh, (x, w, b, labels), specs)
@@ -210,11 +210,8 @@ def test_statistics_on_a_mesh(kind):
     x, w, b, labels, *_ = head_arguments(ROWS, FEATURES, CLASSES, jnp.float32, num_classes=19)
     statistics = partial(js.head_statistics, num_classes=19, block_size=3, softcap=5.0)
     expected = statistics(x, w, b, labels)
-    if kind != AxisType.Explicit:
-        statistics = partial(statistics, batch_axis="data", class_axis="model")
     specs = P("data"), P(None, "model"), P("model"), P("data")
-    if kind == AxisType.Manual:
-        statistics = jax.shard_map(statistics, in_specs=specs, out_specs=P("data"))
+    statistics = as_called(statistics, kind, specs, P("data"))
     with jax.set_mesh(mesh):
         actual = jax.jit(statistics)(*place_on(mesh, (x, w, b, labels), specs))
     np.testing.assert_array_equal(actual.prediction, expected.prediction)
