@@ -110,8 +110,7 @@ def make_epoch(
 
     def epoch(state, data, key):
         examples = _count(data)
-        # One sort; jax.random.permutation takes two or more, a third of a small epoch's time.
-        order = jnp.argsort(jax.random.bits(key, (examples,)), stable=False)
+        order = _order(key, examples)
 
         def update(state, indices):
             batch = jax.tree.map(lambda array: _examples(array, indices), data)
@@ -125,6 +124,17 @@ def make_epoch(
         return state, costs
 
     return jax.jit(epoch)
+
+
+def _order(key, examples):
+    """All indices, in the order of random numbers that stand in front of them.
+
+    One sort of single numbers: `jax.random.permutation` takes ten times as long, a fifth of an epoch.
+    """
+    bits = jax.random.bits(key, (examples,))
+    with jax.enable_x64():
+        numbers = bits.astype(jnp.uint64) << 32 | jax.lax.iota(jnp.uint64, examples)
+        return jnp.sort(numbers).astype(jnp.int32)
 
 
 def _examples(array, indices):

@@ -163,10 +163,9 @@ digits.main(sys.argv[1:])
     command = [sys.executable, "-c", program, *options, "--epochs", "4"]
     full = subprocess.run(command, env=without_simulated_devices(), capture_output=True, text=True)
     assert full.returncode == 1
-    last_lines = full.stderr.splitlines()[-2:]
-    assert "cannot write the checkpoint of epoch 3 to" in last_lines[0]
-    assert "File too large" in last_lines[0]
-    assert last_lines[1] == "that of epoch 2 is kept"
+    # After these two lines orbax's threads sometimes complain of their end.
+    said = r"cannot write the checkpoint of epoch 3 to .*File too large.*\nthat of epoch 2 is kept\n"
+    assert re.search(said, full.stderr)
     assert_same_run(digits.main([*options, "--epochs", "4"]), digits.main([*SMALL, "--epochs", "4"]))
     with pytest.raises(SystemExit, match="holds a run with hidden 16, not 8: use the options"):
         digits.main([*options, "--hidden", "8"])
@@ -332,7 +331,8 @@ def test_language_model_beats_bigrams_with_few_logits_as_with_all(example, small
     assert "37,800 words to learn from, 2,070 of them distinct; 4,200 held out; 1,631 in" in printed
     assert f"{head.history.perplexity[-1]:.1f} by the model, {head.baseline.perplexity:.1f} by" in printed
     dense = main(tiny(small_text, picture, "--dense"))
-    assert dense.history.cost != head.history.cost
+    pairs = zip(jax.tree.leaves(dense.model), jax.tree.leaves(head.model), strict=True)
+    assert any(np.any(a != b) for a, b in pairs)
     np.testing.assert_allclose(dense.history.cost, head.history.cost, rtol=1e-4)
     np.testing.assert_allclose(dense.history.perplexity, head.history.perplexity, rtol=1e-3)
 
