@@ -138,17 +138,18 @@ def gradient_four_ways(network: js.Network, examples: Examples) -> dict[str, dic
     entry. Central differences are taken in float64, at five entries of each parameter.
     """
     x, labels = examples
-    plain_cost = js.without_custom_rules(js.network_cost)
+    custom_gradient = jax.jit(jax.grad(js.network_cost))
+    plain_gradient = jax.jit(jax.grad(js.without_custom_rules(js.network_cost)))
     with jax.enable_x64(True):
         network64, x64 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (network, x))
-        truth = jax.tree.map(np.asarray, jax.grad(plain_cost)(network64, x64, labels))
+        truth = jax.tree.map(np.asarray, plain_gradient(network64, x64, labels))
         cost64 = jax.jit(lambda network: js.network_cost(network, x64, labels))
         differences = central_differences(cost64, network64)
 
     ways = {
-        "custom_vjp": jax.grad(js.network_cost)(network, x, labels),
-        "plain jax.grad": jax.grad(plain_cost)(network, x, labels),
-        "backpropagate": js.backpropagate(network, x, labels)[1],
+        "custom_vjp": custom_gradient(network, x, labels),
+        "plain jax.grad": plain_gradient(network, x, labels),
+        "backpropagate": jax.jit(js.backpropagate)(network, x, labels)[1],
         "central differences": differences,
     }
     return {way: errors_in_ulps(gradient, truth) for way, gradient in ways.items()}

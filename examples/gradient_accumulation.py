@@ -10,6 +10,7 @@ such gradients is the one wanted. With `use_grad_mean=False` it adds without div
 """
 
 import argparse
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -49,6 +50,7 @@ def cost(network: js.Network, batch: Batch, normalizer: jax.Array | None = None)
     )
 
 
+@partial(jax.jit, static_argnames="use_grad_mean")
 def accumulated(
     network: js.Network, parts: Batch, normalizer: jax.Array | None, use_grad_mean: bool = True
 ) -> js.Network:
@@ -73,7 +75,7 @@ def main() -> dict[str, float]:
         "normalizer W / k": accumulated(network, parts, weight / len(KEPT)),
         "normalizer W, added": accumulated(network, parts, weight, use_grad_mean=False),
     }
-    wanted, _ = ravel_pytree(jax.grad(cost)(network, jax.tree.map(jnp.concatenate, parts)))
+    wanted, _ = ravel_pytree(jax.jit(jax.grad(cost))(network, jax.tree.map(jnp.concatenate, parts)))
     errors = {}
     for name, gradient in found.items():
         difference = ravel_pytree(gradient)[0] - wanted

@@ -379,7 +379,7 @@ def test_the_command_fails_if_a_rule_is_wrong(monkeypatch, capsys):
 def test_rows_are_plain_numbers(key):
     network = js.init_network(key, 3, 4, 2)
     x, labels = jax.random.normal(key, (5, 3)), jnp.zeros(5, jnp.int32)
-    comparison = js.compare_gradients(js.network_cost, network, x, labels, argnums=0)
+    comparison = js.compare_gradients(jax.jit(js.network_cost), network, x, labels, argnums=0)
     comparison.assert_close(ulps=8)
     paths = [row.path for row in comparison.rows]
     assert paths == [
@@ -387,7 +387,7 @@ def test_rows_are_plain_numbers(key):
         "network.output.bias",
     ]  # fmt: skip
     row = comparison.rows[3]
-    gradient = jax.grad(js.network_cost)(network, x, labels).output.weights
+    gradient = jax.jit(jax.grad(js.network_cost))(network, x, labels).output.weights
     assert (row.shape, row.dtype) == ((4, 2), "float32")
     assert row.largest == pytest.approx(float(jnp.abs(gradient).max()), rel=1e-6)
     assert row.custom == float(gradient[row.worst])
@@ -397,17 +397,17 @@ def test_rows_are_plain_numbers(key):
 def test_a_reference_may_be_given(key):
     logits, labels = random_logits((4, 3), 1, jnp.float32), random_labels((4, 3))
 
+    @jax.jit
     def article(logits, labels):
         probabilities = jax.nn.softmax(logits)
         return -jnp.mean(jnp.log(probabilities[jnp.arange(4), labels]))
 
-    js.compare_gradients(js.log_likelihood_cost, logits, labels, reference=article, key=key).assert_close(
-        ulps=8
-    )
+    cost = jax.jit(js.log_likelihood_cost)
+    js.compare_gradients(cost, logits, labels, reference=article, key=key).assert_close(ulps=8)
     with pytest.raises(ValueError, match=r"same shapes, got \[\(\)\] and \[\(4, 3\)\]"):
-        js.compare_gradients(js.log_likelihood_cost, logits, labels, reference=lambda logits, _: logits)
+        js.compare_gradients(cost, logits, labels, reference=lambda logits, _: logits)
     with pytest.raises(ValueError, match="floating-point array to differentiate in, found none"):
-        js.compare_gradients(js.log_likelihood_cost, logits, labels, argnums=1)
+        js.compare_gradients(cost, logits, labels, argnums=1)
 
 
 @pytest.mark.parametrize("argnums", [2, -3, (0, 7)])
@@ -427,27 +427,31 @@ def test_a_function_without_floating_point_results_is_refused():
 def test_the_table_says_which_of_two_is_right(confidence):
     logits, labels = jnp.array([[confidence, 0.0, 0.0]] * 2), jnp.array([0, 0])
 
+    @jax.jit
     def textbook(logits, labels):
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1))
 
-    comparison = js.compare_gradients(js.log_likelihood_cost, logits, labels, reference=textbook)
+    cost = jax.jit(js.log_likelihood_cost)
+    comparison = js.compare_gradients(cost, logits, labels, reference=textbook)
     comparison.assert_close()
     for row in comparison.rows:
         assert row.reference == 0
         assert row.relative == pytest.approx(1)
         assert row.custom == pytest.approx(row.truth, rel=1e-6)
-    other_way = js.compare_gradients(textbook, logits, labels, reference=js.log_likelihood_cost)
+    other_way = js.compare_gradients(textbook, logits, labels, reference=cost)
     assert not any(row.is_right() for row in other_way.rows)
     # Taken from the exact value, plain autodiff is right as well.
-    js.compare_gradients(js.log_likelihood_cost, logits, labels).assert_close(ulps=8)
+    js.compare_gradients(cost, logits, labels).assert_close(ulps=8)
 
 
 def test_a_reference_without_digits_excuses_nothing():
     logits = jnp.array([[40.0, 0.0, 0.0]])
 
+    @jax.jit
     def textbook(logits):
         return -jax.nn.log_softmax(logits)[0, 0]
 
+    @jax.jit
     def exact(logits):
         return js.log_likelihood_cost(logits, jnp.array([0]))
 

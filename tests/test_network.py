@@ -29,8 +29,8 @@ def test_three_gradients_are_float64s(key, one_hot):
     plain = js.without_custom_rules(js.network_cost)
     for value, gradient in (
         js.backpropagate(network, x, given),
-        jax.value_and_grad(js.network_cost)(network, x, given),
-        jax.value_and_grad(plain)(network, x, given),
+        jax.jit(jax.value_and_grad(js.network_cost))(network, x, given),
+        jax.jit(jax.value_and_grad(plain))(network, x, given),
         jax.jit(js.backpropagate)(network, x, given),
     ):
         assert_close(value, truth[0], ulps=8)
