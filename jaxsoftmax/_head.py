@@ -148,7 +148,19 @@ def linear_log_likelihood_cost(
 
 
 class HeadStatistics(NamedTuple):
-    """What `head_statistics` tells about each example; see there."""
+    """What `head_statistics` tells about each example, in nats and float32 or float64; see there.
+
+    Attributes:
+        log_normalizer: ln Σ_k exp z_k (*batch).
+        prediction: The first class with the largest logit, int32 (*batch).
+        entropy: −Σ_k a_k ln a_k (*batch).
+        label_log_likelihood: Σ_k y_k ln a_k (*batch); None without labels.
+
+    Example:
+        >>> statistics = head_statistics(jnp.zeros((2, 3)), jnp.zeros((3, 4)), None)
+        >>> print(jnp.exp(statistics.entropy), statistics.label_log_likelihood)
+        [4. 4.] None
+    """
 
     log_normalizer: Float[Array, "*batch"]
     prediction: Integer[Array, "*batch"]

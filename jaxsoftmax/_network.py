@@ -28,14 +28,35 @@ from ._softmax import softmax
 
 
 class Dense(NamedTuple):
-    """A fully connected layer: a = x · weights + bias."""
+    """A fully connected layer: z = x · weights + bias.
+
+    Attributes:
+        weights: Floating-point numbers (inputs, outputs).
+        bias: Floating-point numbers (outputs,), as a rule of the weights' dtype.
+
+    Example:
+        >>> layer = Dense(weights=jnp.ones((4, 3)), bias=jnp.zeros(3))
+        >>> jax.tree.map(jnp.shape, layer)
+        Dense(weights=(4, 3), bias=(3,))
+    """
 
     weights: Float[Array, "inputs outputs"]
     bias: Float[Array, " outputs"]
 
 
 class Network(NamedTuple):
-    """FC → FC → softmax, as a pytree of its parameters. A gradient has the same form."""
+    """FC → FC → softmax, as a pytree of its parameters. A gradient has the same form.
+
+    Attributes:
+        hidden: The `Dense` layer from features to hidden units.
+        output: The `Dense` layer from hidden units to classes, whose outputs are the logits.
+
+    Example:
+        >>> hidden = Dense(jnp.zeros((4, 8)), jnp.zeros(8))
+        >>> network = Network(hidden, output=Dense(jnp.zeros((8, 3)), jnp.zeros(3)))
+        >>> print(predict_probabilities(network, jnp.ones(4)))
+        [0.33333333 0.33333333 0.33333333]
+    """
 
     hidden: Dense
     output: Dense

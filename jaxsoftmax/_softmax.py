@@ -37,7 +37,7 @@ def softmax(
     Args:
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
         axis: The class axis.
-        where: The classes that exist, broadcastable to `logits`; all if None.
+        where: The classes that exist, a bool mask broadcastable to `logits`; all if None.
         class_axis: Inside `jax.shard_map` with `check_vma` True, the mesh axis or axes that the classes
             are spread over; elsewhere none is needed, sharded or not.
 
@@ -78,7 +78,7 @@ def log_softmax(
     Args:
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
         axis: The class axis.
-        where: The classes that exist, broadcastable to `logits`; all if None.
+        where: The classes that exist, a bool mask broadcastable to `logits`; all if None.
         class_axis: As for `softmax`.
 
     Returns:

@@ -15,7 +15,18 @@ Optimizer = optax.GradientTransformation | optax.MultiSteps
 
 
 class TrainState(NamedTuple):
-    """Parameters, the optimizer's state and the number of steps taken: a pytree."""
+    """Parameters, the optimizer's state and the number of steps taken: a pytree.
+
+    Attributes:
+        params: Any pytree of floating-point arrays.
+        opt_state: What the optimizer keeps, a pytree.
+        step: How many updates were made, an int32 scalar ().
+
+    Example:
+        >>> state = init_state(jnp.ones(3), optax.sgd(0.1))
+        >>> jax.tree.leaves(state._replace(params=None))
+        [Array(0, dtype=int32)]
+    """
 
     params: PyTree
     opt_state: PyTree
@@ -30,7 +41,8 @@ def init_state(params: PyTree, optimizer: Optimizer) -> TrainState:
         optimizer: Any optax optimizer.
 
     Returns:
-        A `TrainState` with `step` 0 (int32).
+        A `TrainState` of the same parameters with `step` 0, an int32 scalar (). Nothing is looked at: NaN
+        among the parameters stays there.
 
     Example:
         >>> int(init_state({"w": jnp.ones(3)}, optax.adam(1e-3)).step)
@@ -49,10 +61,10 @@ def make_step(
         optimizer: The optax optimizer that made the state.
 
     Returns:
-        `step(state, batch)` → (state after one update, cost before it). The state passed in stays
-        valid; to reuse its memory instead, wrap it as `jax.jit(step, donate_argnums=0)`, with an
-        optimizer whose state holds no array twice. A NaN cost is returned, and NaN goes into the
-        parameters.
+        `step(state, batch)` → (state after one update, cost before it, a scalar of its own dtype). The
+        state passed in stays valid; to reuse its memory instead, wrap it as
+        `jax.jit(step, donate_argnums=0)`, with an optimizer whose state holds no array twice. A NaN cost
+        is returned, and NaN goes into the parameters.
 
     Raises:
         TypeError: From the returned function, if `cost` does not return a scalar.
@@ -75,17 +87,18 @@ def make_epoch(
     """A jitted epoch: every example once, in an order drawn from a key, in one compiled scan.
 
     Args:
-        cost: `cost(params, batch)` → scalar, differentiable in `params`.
+        cost: `cost(params, batch)` → scalar, differentiable in `params`; `batch` is a part of the data.
         optimizer: The optax optimizer that made the state.
         batch_size: Examples in a batch. The last batch holds what is left over; if fewer examples
             than `batch_size` exist it is the only one.
 
     Returns:
         `epoch(state, data, key)` → (state, costs). `data` is a pytree of arrays with examples along
-        their first axis; a batch is the same pytree of fewer examples. `costs` (batches,) are the
-        costs before each update. Where types say that data is spread over a mesh, batches are too, if
-        its devices divide them. The same state, data and key give the same bits. The state passed in
-        stays valid; to reuse its memory instead, wrap it as `jax.jit(epoch, donate_argnums=0)`.
+        their first axis; a batch is the same pytree of fewer examples. `costs` (batches,), in the
+        cost's dtype, are those before each update; a NaN goes into the parameters and all later costs.
+        Where types say that data is spread over a mesh, batches are too, if its devices divide them.
+        The same state, data and key give the same bits. The state passed in stays valid; to reuse its
+        memory instead, wrap it as `jax.jit(epoch, donate_argnums=0)`.
 
     Raises:
         TypeError: If `batch_size` is not an integer; from the returned function, if `cost` does not
