@@ -1,4 +1,4 @@
-"""Builds sdist and wheel, checks what they hold, and runs the README's quick start from the wheel alone."""
+"""Builds sdist and wheel, checks what they hold, and runs the README's quick start from the wheel."""
 
 import json
 import re

@@ -3,9 +3,9 @@
 The network 784-128-10 on the images of a folder in the format of MNIST, batches of 128, Adam at 1e-3, ten
 epochs. Each run has a process of its own and starts from its framework's own first weights; the ways take
 turns. Shown are medians: seconds for an epoch after the first; what the first took longer, which is
-compiling; accuracy on the test images; and the process's peak memory. The last row is the matrix products
-of an epoch alone, without a gather, a cost or an optimizer. Ways whose framework is not installed are left
-out. Saves training.md and training.png beside this file.
+compiling; accuracy on the test images; and the process's peak memory. The last row is the products of an
+epoch alone, without a gather, a cost or an optimizer. Ways whose framework is not installed are left out.
+Saves training.md and training.png beside this file.
 """
 
 import argparse
@@ -126,7 +126,10 @@ def with_linen(x: np.ndarray, labels: np.ndarray) -> Run:
         state = update(state, x, labels)
         return state.params
 
-    return Run(loop(step, x, labels), lambda images: model.apply(state.params, images).argmax(-1))
+    return Run(
+        loop(step, x, labels),
+        lambda images: jnp.argmax(jnp.asarray(model.apply(state.params, images)), -1),
+    )
 
 
 def with_nnx(x: np.ndarray, labels: np.ndarray, cached: bool = False) -> Run:
@@ -219,7 +222,13 @@ def with_scikit_learn(x: np.ndarray, labels: np.ndarray) -> Run:
     """scikit-learn's MLPClassifier, an epoch at a time."""
     from sklearn.neural_network import MLPClassifier
 
-    model = MLPClassifier((HIDDEN,), alpha=0.0, batch_size=BATCH, learning_rate_init=RATE, random_state=0)
+    model = MLPClassifier(
+        (HIDDEN,),
+        alpha=0.0,
+        batch_size=BATCH,  # pyright: ignore[reportArgumentType]
+        learning_rate_init=RATE,
+        random_state=0,
+    )
     return Run(lambda _: model.partial_fit(x, labels, classes=range(CLASSES)), model.predict)
 
 
@@ -289,7 +298,7 @@ def table(found: dict[str, dict[str, float]]) -> list[str]:
         f"JAX {jax.__version__}, {jax.devices()[0].device_kind}, {jax.local_device_count()} device. "
         f"Medians of {REPEATS} runs of {EPOCHS} epochs, each in a process of its own.",
         "",
-        "| way | seconds an epoch | over make_epoch | compiling, seconds | test accuracy | peak memory, MB |",
+        "| way | seconds an epoch | over make_epoch | compiling, s | test accuracy | peak memory, MB |",
         "|---|---|---|---|---|---|",
     ]
     for way, row in found.items():

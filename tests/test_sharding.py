@@ -319,7 +319,10 @@ def test_what_one_argument_varies_along_the_others_need_not(soft, reduction):
 
             def whole(*arguments, cost=cost, specs=specs):
                 each = jax.shard_map(
-                    lambda *a: cost(*a)[None], mesh=mesh, in_specs=tuple(specs), out_specs=P("data")
+                    lambda *local: cost(*local)[None],
+                    mesh=mesh,
+                    in_specs=tuple(specs),
+                    out_specs=P("data"),
                 )
                 return each(*arguments).sum()
 
