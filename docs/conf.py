@@ -31,13 +31,16 @@ python_maximum_signature_line_length = 80
 
 html_title = "jaxsoftmax"
 html_theme = "furo"
+html_theme_options = {"light_css_variables": {"font-size--small--4": "var(--font-size--small--3)"}}
+pygments_dark_style = "github-dark"
+html_favicon = "_static/icon.svg"
 html_show_copyright = False
 html_show_sphinx = False
 html_show_sourcelink = False
 html_copy_source = False
 # One file that renders to SVG needs no fonts; what its menu would load besides is not there.
 html_static_path = ["_static", "node_modules/mathjax/es5/tex-svg.js"]
-html_css_files = ["wide.css"]
+html_css_files = ["pages.css"]
 mathjax_path = "tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}}
 
