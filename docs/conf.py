@@ -26,6 +26,8 @@ nb_merge_streams = True
 # Docstrings: a name in single backticks is code, and a link if it is public.
 default_role = "py:obj"
 add_module_names = False
+napoleon_use_ivar = True
+napoleon_attr_annotations = False
 autosummary_generate = False
 python_maximum_signature_line_length = 80
 

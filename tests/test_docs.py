@@ -28,9 +28,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Server(SimpleHTTPRequestHandler):
+class Handler(SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *_):
+        """A browser that leaves a page hangs up."""
 
 
 class Markup(HTMLParser):
@@ -50,7 +55,7 @@ class Markup(HTMLParser):
 
 @pytest.fixture(scope="module")
 def address():
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=SITE)) as server:
+    with Server(("127.0.0.1", 0), partial(Handler, directory=SITE)) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/"
