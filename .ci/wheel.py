@@ -1,4 +1,4 @@
-"""Builds sdist and wheel, checks what they hold, and runs the README's quick start from the wheel."""
+"""Builds sdist and wheel, checks both, and runs the README's quick start from the wheel alone."""
 
 import json
 import re
@@ -35,7 +35,9 @@ def build(folder):
 def check_contents(sdist, wheel):
     """The wheel holds the package and nothing else; the sdist what its tests need."""
     package = {f"jaxsoftmax/{path.name}" for path in (ROOT / "jaxsoftmax").iterdir() if path.is_file()}
-    assert "jaxsoftmax/py.typed" in package
+    assert "jaxsoftmax/py.typed" in package, (
+        "py.typed is missing: type checkers would pass the package over"
+    )
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == package, f"the wheel holds {sorted(held ^ package)} too much or too little"
     with tarfile.open(sdist) as archive:
