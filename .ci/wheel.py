@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 REQUIRED = ["jax", "optax", "jaxtyping"]
 IN_SDIST = {
     "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "PKG-INFO", "README.md", "benchmarks",
-    "examples", "jaxsoftmax", "pyproject.toml", "tests",
+    "docs", "examples", "jaxsoftmax", "pyproject.toml", "tests",
 }  # fmt: skip
 
 
