@@ -267,6 +267,7 @@ def test_a_wrong_value_is_found():
 
 def test_a_gradient_that_is_truly_0_may_be_rounding(key):
     # The bias in front of a normalisation: its gradient is 0, and what comes out is what rounding leaves.
+    @jax.jit
     def normalised(x, bias):
         return js.softmax(x + bias.sum())
 
@@ -302,6 +303,7 @@ def test_what_has_no_gradient_is_said():
 
 
 def test_float32_for_what_cannot_run_in_float64(key):
+    @jax.jit
     def dropped(x):
         return jnp.where(jax.random.normal(key, x.shape) > 0, js.softmax(x) * x, 0)
 
@@ -333,12 +335,15 @@ def test_libraries_that_know_nothing_of_it(key):
     def equinox(layer, x):
         return js.log_likelihood_cost(jax.vmap(layer)(x), labels)
 
+    @jax.jit
     def nnx(state, x):
         return js.log_likelihood_cost(flax.nnx.merge(graph, state)(x), labels)
 
+    @jax.jit
     def optax_loss(x):
         return optax.losses.sparsemax_loss(x[:, 0], labels > 0).sum() + optax.safe_norm(x, 0.1)
 
+    @jax.jit
     def peer(x, w):
         return tokamax.linear_softmax_cross_entropy_loss(
             x, labels, w, reduction="sum", implementation="xla"
