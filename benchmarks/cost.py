@@ -170,9 +170,9 @@ def draw(ratios: dict[bool, list[float]]) -> None:
             axes.plot(values[row * len(SHAPES) : (row + 1) * len(SHAPES)], "o-", label=dtype)
         axes.axhline(1, color="gray", linestyle=":")
         axes.set_xticks(range(len(SHAPES)), [f"{n:,}\n× {k:,}" for n, k in SHAPES], fontsize=8)
-        axes.set(title="value and gradient" if gradient else "value", ylim=(0, None))
+        axes.set(title="value and gradient" if gradient else "value")
         axes.legend()
-    panels[0].set_ylabel("time over optax's integer loss")
+    panels[0].set(ylabel="time over optax's integer loss", ylim=(0, None))
     figure.savefig(HERE / "cost.png", dpi=100)
 
 

@@ -118,9 +118,10 @@ def train(options: argparse.Namespace, data: Data) -> tuple[js.Network, History]
                 progress.set_postfix(
                     cost=f"{history.cost[-1]:.4f}", test_accuracy=f"{history.test_accuracy[-1]:.2%}"
                 )
-                run = Saved(number + 1, state, history._asdict())
+                done = Saved(number + 1, state, history._asdict())
                 if checkpoints is not None:
-                    checkpoints.save(run)
+                    checkpoints.save(done)
+                run = done
     except KeyboardInterrupt:
         where = f"--checkpoint {options.checkpoint}"
         kept = (

@@ -144,7 +144,7 @@ def _order(key, examples):
 
     One sort of single numbers: `jax.random.permutation` takes ten times as long, a fifth of an epoch.
     """
-    bits = jax.random.bits(key, (examples,))
+    bits = jax.random.bits(key, (examples,), jnp.uint32)
     with jax.enable_x64():
         numbers = bits.astype(jnp.uint64) << 32 | jax.lax.iota(jnp.uint64, examples)
         return jnp.sort(numbers).astype(jnp.int32)
@@ -158,7 +158,8 @@ def _examples(array, indices):
     if devices == 1:
         return array[indices]
     first = None if indices.shape[0] % devices else first
-    return array.at[indices].get(out_sharding=jax.sharding.PartitionSpec(first, *others))
+    spec = jax.sharding.PartitionSpec(first, *others)
+    return array.at[indices].get(out_sharding=jax.sharding.NamedSharding(place.mesh, spec))
 
 
 def _step(cost, optimizer, state, batch):

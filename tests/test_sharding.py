@@ -298,6 +298,15 @@ def test_training_on_a_mesh_ends_as_on_one_device(explicit, key):
     assert_close((actual.params, costs_on_mesh), (expected.params, costs), ulps=64)
 
 
+def test_an_epoch_reads_the_mesh_from_its_data(key):
+    data, optimizer = jnp.arange(40.0).reshape(20, 2), optax.sgd(0.1)
+    epoch = js.make_epoch(lambda w, batch: jnp.mean((batch - w) ** 2), optimizer, 8)
+    state = js.init_state(jnp.zeros(2), optimizer)
+    rows = NamedSharding(make_mesh((4, 2), AxisType.Explicit), P("data"))
+    actual, expected = (epoch(state, d, key)[1] for d in (jax.device_put(data, rows), data))
+    assert_close(actual, expected, ulps=4)
+
+
 @pytest.mark.parametrize(("soft", "reduction"), [(False, "sum"), (True, "none")])
 def test_what_one_argument_varies_along_the_others_need_not(soft, reduction):
     mesh = make_mesh((8,), AxisType.Auto)

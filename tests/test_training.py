@@ -82,6 +82,18 @@ def test_an_epoch_is_a_loop_of_steps(key):
     assert_close(epoch_state.params, state.params, ulps=64)
 
 
+@pytest.mark.parametrize("seed", [jax.random.key(5), jax.random.PRNGKey(5)], ids=["key", "legacy"])
+def test_the_order_does_not_depend_on_x64(seed):
+    epoch = js.make_epoch(lambda w, x: w * jnp.mean(x), optax.sgd(0.1), 1)
+    state = js.init_state(jnp.float32(1), optax.sgd(0.1))
+    costs = []
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            _, cost = epoch(state, jnp.arange(1, 8, dtype=jnp.float32), seed)
+            costs.append(np.asarray(cost))
+    np.testing.assert_array_equal(*costs)
+
+
 def test_a_key_decides_the_order_and_the_bits(key):
     optimizer = optax.adam(0.1)
     epoch = js.make_epoch(squared, optimizer, 3)
