@@ -39,7 +39,7 @@ def make_norm(root_is_constant: bool):
         return d_x, jnp.sum(cotangent * x * s, axis=0)
 
     norm.defvjp(norm_fwd, norm_bwd)
-    return norm
+    return jax.jit(norm)
 
 
 class Model(nnx.Module):
@@ -72,6 +72,7 @@ def main() -> dict[str, js.GradientComparison]:
 
     graph, state = nnx.split(Model(nnx.Rngs(0)))
 
+    @jax.jit
     def cost(state, x):
         return js.log_likelihood_cost(nnx.merge(graph, state)(x), labels)
 
@@ -80,6 +81,7 @@ def main() -> dict[str, js.GradientComparison]:
     if importlib.util.find_spec("tokamax"):
         import tokamax
 
+        @jax.jit
         def fused(x, weights):
             return tokamax.linear_softmax_cross_entropy_loss(
                 x, labels, weights, reduction="mean", implementation="xla"

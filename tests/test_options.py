@@ -173,7 +173,7 @@ def test_narrow_logits_keep_every_option_wide(key):
     options = {"exists": jnp.arange(1000) < 997, "alpha": 0.1, "zeta": 0.01, "v": V, "w": jnp.ones(1000)}
     for labels in (jnp.arange(4), jax.nn.one_hot(jnp.arange(4), 1000, dtype=jnp.bfloat16)):
         narrow, wide = (
-            jax.value_and_grad(lambda z: ours(z, labels, options))(given)  # noqa: B023
+            jax.jit(jax.value_and_grad(lambda z: ours(z, labels, options)))(given)  # noqa: B023
             for given in (z, z.astype(jnp.float32))
         )
         assert_close(narrow[0], wide[0], ulps=4)
@@ -239,7 +239,7 @@ def test_an_example_of_weight_zero_breaks_no_option(soft, jit):
 
         return jax.value_and_grad(cost, argnums=(0, 1, 2, 3))(z, w, jnp.float32(0.1), jnp.float32(0.2))
 
-    expected = gradients(z[kept], labels[kept], weight[kept])
+    expected = jax.jit(gradients)(z[kept], labels[kept], weight[kept])
     bad_labels = labels.at[dropped].set(jnp.nan if soft else -100)
     function = jax.jit(gradients) if jit else gradients
     for junk in (0.0, jnp.nan, jnp.inf, -jnp.inf):
