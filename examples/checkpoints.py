@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,21 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-# Where a write fails they tell the story of each of orbax's threads; here it is told once.
+# Where a write fails, all of these tell the story of each of orbax's threads, some after the event loop
+# of the write is gone; here it is told once.
 for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+print_unraisable = sys.unraisablehook
+
+
+def but_of_late_threads(unraisable: Any) -> None:
+    """Prints an exception that cannot be raised, unless a thread came too late to tell of its write."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        print_unraisable(unraisable)
+
+
+sys.unraisablehook = but_of_late_threads
 
 
 class Saved(NamedTuple):
