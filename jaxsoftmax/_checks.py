@@ -15,9 +15,6 @@ LabelArray = Integer[Array, "..."] | Integer[np.ndarray, "..."] | int | np.integ
 MaskArray = Bool[Array, "..."] | Bool[np.ndarray, "..."]
 WeightArray = Num[Array, "..."] | Num[np.ndarray, "..."] | MaskArray
 
-MeshAxis = str | tuple[str, ...] | None
-Axes = tuple[str, ...]
-
 MOST_CLASSES = 2**24
 Number = int | float | Num[Array, ""] | np.number
 
@@ -190,38 +187,3 @@ def as_count(name: str, value: Any) -> int:
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
     return count
-
-
-def as_axes(name: str, axis: MeshAxis) -> Axes:
-    """Names of mesh axes, as many as are given."""
-    axes = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
-    known = jax.sharding.get_abstract_mesh().axis_names
-    unknown = [each for each in axes if each not in known]
-    if unknown:
-        raise ValueError(
-            f"{name} must name axes of the mesh, which has {known}, got {axis!r}: "
-            "set a mesh with jax.set_mesh, or call inside jax.shard_map"
-        )
-    return axes
-
-
-def varying(array: ArrayLike) -> frozenset[str]:
-    """The mesh axes between whose devices an array may differ, inside `jax.shard_map`."""
-    return jax.typeof(array).mat.varying
-
-
-def spread_over(what: str, array: Array, name: str, axis: MeshAxis) -> Axes:
-    """The mesh axes, inside a `jax.shard_map`, that an array is spread over."""
-    axes = as_axes(name, axis)
-    inside = jax.sharding.get_abstract_mesh().manual_axes
-    if not set(axes) <= set(inside):
-        raise ValueError(
-            f"{name} must name axes of a jax.shard_map around this call, which has {inside}, got {axis!r}"
-        )
-    missing = set(axes) - varying(array)
-    if missing:
-        raise ValueError(
-            f"{what} must be spread over {name} {axis!r} by the jax.shard_map around this call, with its "
-            f"check_vma left at True, but they are not over {sorted(missing)}"
-        )
-    return axes

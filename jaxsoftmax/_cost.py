@@ -8,11 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ._checks import (
-    Axes,
     FloatArray,
     LabelArray,
     MaskArray,
-    MeshAxis,
     Number,
     WeightArray,
     arithmetic_dtype,
@@ -22,29 +20,33 @@ from ._checks import (
     as_number,
     as_weights,
     as_where,
+)
+from ._mesh import (
+    Axes,
+    MeshAxis,
+    class_count,
+    first_class,
+    from_its_device,
+    is_sharded,
+    spread,
     spread_over,
     varying,
 )
-from ._softmax import (
-    LIFT,
+from ._rows import (
     RowSums,
-    apart,
-    class_count,
-    custom_vjp_static_first,
-    first_class,
-    from_its_device,
     is_class,
-    is_sharded,
-    lifted_roots,
-    over_classes,
-    pick,
+    rounded,
+    scaled_exponentials,
+    sum_over_classes,
+    sums_and_kept,
+    sums_without,
+)
+from ._softmax import (
+    Row,
+    custom_vjp_static_first,
     pull_back_softmax,
-    reduce_rows,
-    row_maximum,
-    row_sums,
+    row_of,
     share,
-    spread,
-    sum_of_other_exponentials,
     sum_of_others,
 )
 
@@ -127,8 +129,10 @@ def log_likelihood_cost(
     exists = None
     if where is not None:
         exists = jnp.moveaxis(as_where(where, jnp.shape(logits)), axis, -1)
+        # There is no infinity in some formats of one byte.
+        z = z if z.dtype.itemsize > 1 else z.astype(arithmetic_dtype(z.dtype))
         z = jnp.where(exists, z, -jnp.inf)
-    cost = example_costs(z, labels, v, options, exists, row_maximum(z, axes=axes), axes)
+    cost = example_costs(z, labels, v, options, exists, axes)
     weight = total_weight(labels, v, options.class_weight, axes)
     return reduced(cost, weight, reduction, normalizer)
 
@@ -240,34 +244,40 @@ def example_costs(
     v: Float[Array, "*batch"] | None,
     options: Options,
     exists: Array | None,
-    m: Float[Array, "*batch 1"],
     axes: Axes = (),
 ) -> Float[Array, "*batch"]:
     """What each example costs, its sample weight v included.
 
     `exists` tells, for (classes) or (*batch, classes), which classes do; z must be −inf for the others.
-    m is the `row_maximum` of z, to within a rounding.
     """
     w, alpha, zeta = options
-    z, labels = _alike(z, _as_targets(labels, v, m.dtype))
-    if _is_probability(labels):
-        q = labels if alpha is None else (1 - alpha) * labels + alpha * _even(exists, z, m.dtype, axes)
-        cost, log_sum = _target_cost(axes, z.astype(m.dtype), q if w is None else w * q)
+    dtype = arithmetic_dtype(z.dtype)
+    is_soft = _is_probability(labels)
+    if is_soft or alpha is not None:
+        # Two uses of the logits: each part of the gradient is wide until it is rounded with the others.
+        z = z.astype(dtype)
+    z, labels = _alike(z, _as_targets(labels, v, dtype))
+    smoothed = None if alpha is None else (1 - alpha, alpha * _even(exists, z, axes))
+    if is_soft:
+        q = labels if smoothed is None else smoothed[0] * labels + smoothed[1]
+        cost, m, log_sum = _target_cost(axes, z, q if w is None else w * q)
     else:
-        cost, log_sum = _label_cost(axes, z, m, labels)
+        cost, m, log_sum = _label_cost(axes, z, labels)
+    m = jax.lax.stop_gradient(m)
     if v is not None:
         ignored = (v == 0) & ~jnp.isfinite(cost + log_sum)
-        cost, log_sum = (jnp.where(ignored, 0, each) for each in (cost, log_sum))
-        z, m = (jnp.where(ignored[..., None], 0, each) for each in (z, m))
+        cost, m, log_sum = (jnp.where(ignored, 0, each) for each in (cost, m, log_sum))
+        if smoothed is not None:
+            z = jnp.where(ignored[..., None], 0, z)
     class_weight = None if w is None else _class_weight(labels, w, axes)
-    if not _is_probability(labels):
+    if not is_soft:
         cost = cost if w is None else _weighted(class_weight, cost)
-        if alpha is not None:
-            even = alpha * _even(exists, z, m.dtype, axes)
+        if smoothed is not None:
+            kept, even = smoothed
             shared = _shared_cost(z, m, log_sum, even if w is None else w * even, v, axes)
-            cost = _weighted(1 - alpha, cost) + shared
+            cost = _weighted(kept, cost) + shared
     if zeta is not None:
-        squared = jnp.square(m[..., 0] + log_sum)
+        squared = jnp.square(m + log_sum)
         cost += zeta * (squared if w is None else _weighted(class_weight, squared))
     return cost if v is None else _weighted(v, cost)
 
@@ -317,7 +327,7 @@ def _alike(z, labels):
 def _class_weight(labels, w, axes):
     """Σ_k w_k y_k for each example; NaN where an integer label names no class."""
     if _is_probability(labels):
-        return over_classes(jnp.sum, w * labels, axes)[..., 0]
+        return sum_over_classes(w * labels, axes)[..., 0]
     if is_sharded(labels) or is_sharded(w):
         own = jnp.arange(w.shape[0], dtype=labels.dtype) == labels[..., None]
         weight = jnp.sum(jnp.where(own, w, 0), axis=-1)
@@ -352,19 +362,19 @@ def reduced(
     return jnp.where(weight == 0, 0, jnp.sum(cost) / jnp.where(weight == 0, 1, weight))
 
 
-def _even(exists, z, dtype, axes):
+def _even(exists, z, axes):
     """The even distribution over the classes of z: 1/K for each that exists, 0 for the others."""
     if exists is None:
-        return jnp.full(z.shape[-1], 1 / class_count(z, axes), dtype)
-    exists = exists.astype(dtype)
-    return exists / jnp.maximum(over_classes(jnp.sum, exists, axes), 1)
+        return jnp.full(z.shape[-1], 1 / class_count(z, axes), z.dtype)
+    exists = exists.astype(z.dtype)
+    return exists / jnp.maximum(sum_over_classes(exists, axes), 1)
 
 
 def _shared_cost(z, m, log_sum, even, v, axes):
     """Σ_k c_k (−ln a_k) for the even part c of the target. Its gradient has nothing to lose."""
     nothing = even == 0 if v is None else (even == 0) | (v == 0)[..., None]
-    surprise = log_sum[..., None] + (m - z.astype(m.dtype))
-    return over_classes(jnp.sum, even * jnp.where(nothing & (z == -jnp.inf), 0, surprise), axes)[..., 0]
+    surprise = log_sum[..., None] + (m[..., None] - rounded(z))
+    return sum_over_classes(even * jnp.where(nothing & (z == -jnp.inf), 0, surprise), axes)[..., 0]
 
 
 def _unless_zero(number):
@@ -376,22 +386,18 @@ def _is_probability(labels):
     return jnp.issubdtype(labels.dtype, jnp.floating)
 
 
-def label_sums(logits: Float[Array, "*batch classes"], labels: Array, axes: Axes = ()) -> RowSums:
-    """The row sums of logits, NaN in the row of an integer label that names no class."""
-    sums = row_sums(logits, axes)
-    if _is_probability(labels):
-        return sums
-    return sums._replace(rest=jnp.where(labels[..., None] < 0, jnp.nan, sums.rest))
+def label_row(logits: Float[Array, "*batch classes"], labels: Array, axes: Axes = ()) -> Row:
+    """The logits with their sums, NaN in the row of an integer label that names no class."""
+    row = row_of(axes, logits)
+    return row if _is_probability(labels) else row._replace(sums=_if_named(labels, row.sums))
 
 
-def log_likelihood_gradient(
-    sums: RowSums, labels: Array, axes: Axes = ()
-) -> Float[Array, "*batch classes"]:
+def log_likelihood_gradient(row: Row, labels: Array, axes: Axes = ()) -> Float[Array, "*batch classes"]:
     """∂C/∂z for each row: a − y where the targets sum to 1, without its cancellation."""
-    a = sums.probabilities
+    a = row.probabilities
     if _is_probability(labels):
-        return a * sum_of_others(labels, axes) - labels * sums.complements
-    return jnp.where(is_class(a, _number(labels, a, axes)), -sums.complements, a)
+        return a * sum_of_others(labels, axes) - labels * row.complements
+    return jnp.where(is_class(a, _number(labels, a, axes)), -row.complements, a)
 
 
 def _number(labels, values, axes):
@@ -399,78 +405,58 @@ def _number(labels, values, axes):
     return labels[..., None] - first_class(values, axes)
 
 
-# The cost of integer labels, −ln a_y, and ln Σ_k e_k, from which smoothing and z-loss are made.
+def _if_named(labels, sums):
+    """The sums, NaN where an integer label names no class."""
+    return sums._replace(others=jnp.where(labels[..., None] < 0, jnp.nan, sums.others))
+
+
+# The cost of integer labels, −ln a_y; m; and ln Σ_k e_k, from which smoothing and z-loss are made.
 # With o = Σ_{k≠y} e_k, summed without the label,
 #     −ln a_y = ln (1 + o / e_y)          which loses nothing where the label leads, and
 #             = (m − z_y) + ln (o + e_y)  where it does not, and e_y may be too small to divide by.
-# Neither needs m to be the maximum to the last digit: the compiler may round the logits otherwise there.
 @custom_vjp_static_first
-def _label_cost(axes, logits, maximum, labels):
-    index = _number(labels, logits, axes)
-    others = sum_of_other_exponentials(logits, maximum, index, axes)
-    return _from_label(axes, logits, maximum, labels, others)[:2]
+def _label_cost(axes, logits, labels):
+    sums = sums_without(axes, logits, _number(labels, logits, axes))
+    return _from_sums(_if_named(labels, sums))
 
 
 class _LabelResiduals(NamedTuple):
-    logits: Array | None  # Where they are narrow, the exponentials are made of them again.
-    roots: Array | None  # Otherwise the lifted roots of e_k, but 0 for the label.
-    maximum: Array  # m
-    own: Array  # e_y
-    others: Array  # o
-    label: Array  # Its number among the classes of this device.
+    kept: Array  # What the exponentials are made of.
+    sums: RowSums
 
 
-def _label_cost_fwd(axes, logits, maximum, labels):
-    index = _number(labels, logits, axes)
-    if logits.dtype == maximum.dtype:
-        # The same maximum, but taken after the label's logit: then the roots can take the logits' place.
-        maximum = jnp.maximum(maximum, jax.lax.stop_gradient(pick(logits, index, axes)))
-        roots = jnp.where(is_class(logits, index), 0, lifted_roots(logits, maximum))
-        # A barrier, or the compiler may take the exponentials twice: for the sum and for the gradient.
-        roots = jax.lax.optimization_barrier(roots)
-        others = reduce_rows(jnp.sum, lambda roots, _: jnp.square(roots), roots, axes=axes) / LIFT**2
-        kept = None, roots
-    else:
-        others = sum_of_other_exponentials(logits, maximum, index, axes)
-        kept = logits, None
-    cost, log_sum, own, others = _from_label(axes, logits, maximum, labels, others)
-    return (cost, log_sum), _LabelResiduals(*kept, maximum, own, others, index)
+def _label_cost_fwd(axes, logits, labels):
+    sums, kept = sums_and_kept(axes, logits, _number(labels, logits, axes))
+    sums = _if_named(labels, sums)
+    return _from_sums(sums), _LabelResiduals(kept, sums)
 
 
 # ∂C/∂z_j = a_j − δ_jy, which is e_j / (o + e_y) for j ≠ y and −o / (o + e_y) for the label;
 # m is held fixed, so ∂ ln Σ_k e_k/∂z_j = a_j.
-def _label_cost_bwd(_, residuals, cotangents):
-    logits, roots, maximum, own, others, index = residuals
-    d_cost, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
-    at_label = d_log_sum * share(own, others) - d_cost * share(others, own)
-    at_others = (d_cost + d_log_sum) / (others + own)
-    if roots is None:
-        narrow, maximum, _ = apart(logits, maximum, others)
-        exponentials = jnp.exp(narrow.astype(maximum.dtype) - maximum)
-    else:
-        exponentials = jnp.square(roots / LIFT)
-    gradient = jnp.where(is_class(exponentials, index), at_label, at_others * exponentials)
+def _label_cost_bwd(axes, residuals, cotangents):
+    kept, sums = residuals
+    d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
+    at_label = d_log_sum * share(sums.own, sums.others) - d_cost * share(sums.others, sums.own)
+    at_others = scaled_exponentials(axes, kept, sums.maximum, (d_cost + d_log_sum) / sums.total)
+    gradient = jnp.where(is_class(kept, sums.number), at_label, at_others)
     # A row that nobody counts has cotangents 0, whatever it holds: select, since 0 · NaN is NaN.
-    ignored = (d_cost == 0) & (d_log_sum == 0) & ~_is_positive(others + own)
-    gradient = jnp.where(ignored, 0, gradient)
-    return gradient if logits is None else gradient.astype(logits.dtype), None, None
+    ignored = (d_cost == 0) & (d_log_sum == 0) & ~_is_positive(sums.total)
+    return jnp.where(ignored, 0, gradient).astype(kept.dtype), None
 
 
 _label_cost.defvjp(_label_cost_fwd, _label_cost_bwd)
 
 
-def _from_label(axes, logits, maximum, labels, others):
-    """−ln a_y, ln Σ_k e_k, e_y and o, which is NaN for a label that names no class."""
-    ahead = pick(logits, _number(labels, logits, axes), axes).astype(maximum.dtype) - maximum
-    own = jnp.exp(ahead)
-    others = jnp.where(labels[..., None] < 0, jnp.nan, others)
-    leads = ahead > -1
-    leading = jnp.log1p(others / jnp.where(leads, own, 1))
-    log_sum = jnp.log(others + own)
-    cost = jnp.where(leads, leading, log_sum - ahead)
+def _from_sums(sums):
+    """−ln a_y, m and ln Σ_k e_k."""
+    leads = sums.ahead > -1
+    leading = jnp.log1p(sums.others / jnp.where(leads, sums.own, 1))
+    log_sum = jnp.log(sums.total)
+    cost = jnp.where(leads, leading, log_sum - sums.ahead)
     # Where every class has logit −inf there is no distribution, and the label is impossible.
-    cost = jnp.where(others + own == 0, jnp.inf, cost)
-    return cost[..., 0], jnp.where(leads, leading + ahead, log_sum)[..., 0], own, others
+    cost = jnp.where(sums.total == 0, jnp.inf, cost)
+    log_sum = jnp.where(leads, leading + sums.ahead, log_sum)
+    return cost[..., 0], sums.maximum[..., 0], log_sum[..., 0]
 
 
 def _is_positive(total):
@@ -485,19 +471,17 @@ def _target_cost(axes, logits, targets):
 
 
 class _TargetResiduals(NamedTuple):
-    sums: RowSums
+    row: Row
     cost: Array
-    logits: Array
     targets: Array
 
 
 def _target_cost_fwd(axes, logits, targets):
-    sums = row_sums(logits, axes)
-    cost = over_classes(jnp.sum, targets * _surprise(sums, logits, targets), axes)[..., 0]
-    total = over_classes(jnp.sum, targets, axes)
-    impossible = ((total > 0) & (sums.rest + sums.own == 0))[..., 0]
-    cost = jnp.where(impossible, jnp.inf, cost)
-    return (cost, sums.log_sum[..., 0]), _TargetResiduals(sums, cost, logits, targets)
+    row = row_of(axes, logits)
+    cost = sum_over_classes(targets * _surprise(row, targets), axes)
+    impossible = (sum_over_classes(targets, axes) > 0) & (row.sums.total == 0)
+    cost = jnp.where(impossible, jnp.inf, cost)[..., 0]
+    return (cost, row.sums.maximum[..., 0], row.log_sum[..., 0]), _TargetResiduals(row, cost, targets)
 
 
 # C = −Σ_k t_k ln a_k with ∂ ln a_k/∂z_j = δ_jk − a_j, so
@@ -507,21 +491,22 @@ def _target_cost_fwd(axes, logits, targets):
 #     ∂C/∂t_k = −ln a_k
 # and as above ∂ ln Σ_k e_k/∂z_j = a_j
 def _target_cost_bwd(axes, residuals, cotangents):
-    sums, cost, logits, targets = residuals
-    d_cost, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
-    sound = jnp.isfinite(cost)[..., None] & _is_positive(sums.rest + sums.own)
+    row, cost, targets = residuals
+    d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
+    sound = jnp.isfinite(cost)[..., None] & _is_positive(row.sums.total)
     ignored = (d_cost == 0) & (d_log_sum == 0) & ~sound
-    gradient = d_cost * log_likelihood_gradient(sums, targets, axes) + d_log_sum * sums.probabilities
-    d_targets = d_cost * _surprise(sums, logits, targets)
+    gradient = d_cost * log_likelihood_gradient(row, targets, axes) + d_log_sum * row.probabilities
+    d_targets = d_cost * _surprise(row, targets)
     return jnp.where(ignored, 0, gradient), jnp.where(ignored, 0, d_targets)
 
 
 _target_cost.defvjp(_target_cost_fwd, _target_cost_bwd)
 
 
-def _surprise(sums, logits, targets):
+def _surprise(row, targets):
     """−ln a_k for each class; 0 where it is infinite and the target 0, since 0 · ln 0 = 0."""
-    return jnp.where((targets == 0) & (logits == -jnp.inf), 0, sums.surprises(logits))
+    surprises = row.surprises
+    return jnp.where((targets == 0) & jnp.isposinf(surprises), 0, surprises)
 
 
 @custom_vjp_static_first
@@ -530,34 +515,35 @@ def _quadratic(axes, logits, labels):
 
 
 class _QuadraticResiduals(NamedTuple):
-    sums: RowSums
+    row: Row
     cost: Array
     labels: Array
 
 
 def _quadratic_fwd(axes, logits, labels):
-    sums = label_sums(logits, labels, axes)
-    cost = over_classes(jnp.sum, jnp.square(_difference(sums, labels, axes)), axes)[..., 0] / 2
-    return cost, _QuadraticResiduals(sums, cost, labels)
+    row = label_row(logits, labels, axes)
+    cost = sum_over_classes(jnp.square(_difference(row, labels, axes)), axes)[..., 0] / 2
+    return cost, _QuadraticResiduals(row, cost, labels)
 
 
 # C = ½ Σ_k d_k² with d = a − t, so ∂C/∂a = d, pulled back through the softmax, and ∂C/∂t = −d.
 def _quadratic_bwd(axes, residuals, cotangent):
-    sums, cost, labels = residuals
+    row, cost, labels = residuals
     cotangent = cotangent[..., None]
     ignored = (cotangent == 0) & ~jnp.isfinite(cost)[..., None]
-    difference = _difference(sums, labels, axes)
-    d_logits = jnp.where(ignored, 0, cotangent * pull_back_softmax(sums, difference, axes))
+    difference = _difference(row, labels, axes)
+    d_logits = cotangent * pull_back_softmax(row.probabilities, row.sums.number, difference, axes)
+    d_logits = jnp.where(ignored, 0, d_logits)
     if not _is_probability(labels):
         return d_logits, None
     return d_logits, jnp.where(ignored, 0, -cotangent * difference)
 
 
-def _difference(sums, labels, axes):
+def _difference(row, labels, axes):
     """The difference a − t as a (1 − t) − t (1 − a), exact where a rounds to 1."""
     if _is_probability(labels):
-        return sums.probabilities * (1 - labels) - labels * sums.complements
-    return log_likelihood_gradient(sums, labels, axes)
+        return row.probabilities * (1 - labels) - labels * row.complements
+    return log_likelihood_gradient(row, labels, axes)
 
 
 _quadratic.defvjp(_quadratic_fwd, _quadratic_bwd)

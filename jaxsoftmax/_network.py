@@ -19,7 +19,7 @@ from ._checks import (
     as_weights,
 )
 from ._cost import (
-    label_sums,
+    label_row,
     log_likelihood_cost,
     log_likelihood_gradient,
     weight_penalty,
@@ -277,7 +277,7 @@ def backpropagate(
     labels = as_labels(labels, z.shape, z.ndim - 1, None)
     labels = labels if labels.dtype == jnp.int32 else labels.astype(cost.dtype)
     # softmax(z) − y, in the form that loses no digits.
-    d_z = log_likelihood_gradient(label_sums(z.astype(cost.dtype), labels), labels)
+    d_z = log_likelihood_gradient(label_row(z.astype(cost.dtype), labels), labels)
     d_z = (d_z / max(1, z[..., 0].size)).astype(z.dtype)
     d_hidden = d_z @ network.output.weights.T
     d_hidden_inputs = jnp.where(hidden_inputs > 0, d_hidden, 0)

@@ -11,7 +11,7 @@ import jaxsoftmax as js
 
 PACKAGE = Path(js.__file__).parent
 # Each module imports only from modules before it; these two import nothing of the package.
-ORDER = ["_checks", "_softmax", "_cost", "_head", "_network", "__init__"]
+ORDER = ["_checks", "_mesh", "_rows", "_softmax", "_cost", "_blocks", "_head", "_network", "__init__"]
 ALONE = ["_training", "_gradients"]
 
 

@@ -440,3 +440,28 @@ def test_exact_on_scaled_logits_in_a_scan():
     _, slopes = oracle.many_classes(z, 3)
     expected = 0.9 * slopes.astype(np.float64).sum(0)
     assert_relative(jax.jit(jax.grad(cost))(jnp.zeros(4)), expected, eps_multiple=32)
+
+
+def test_products_so_large_that_a_rounding_is_many_nats():
+    # The compiler may merge such a product with what is subtracted from it, unrounded.
+    h = 5 * np.random.default_rng(0).normal(size=(256, 10)).astype(np.float32)
+    labels = np.arange(256) % 10
+    for factor in (1e7, 1e10):
+        z = np.float64(h * np.float32(factor))
+        leads = z.max(axis=1, keepdims=True)
+        one_hot = np.float32(z == leads)
+
+        @jax.jit
+        def every(h, factor=factor, one_hot=one_hot):
+            z = h * factor
+            return (
+                js.softmax(z),
+                js.log_softmax(z),
+                js.log_likelihood_cost(z, one_hot),
+                js.log_likelihood_cost(z, labels, reduction="none"),
+                jax.grad(lambda z: js.log_likelihood_cost(z, labels, reduction="sum"))(z),
+            )
+
+        of_labels = (leads - z)[np.arange(256), labels]
+        expected = one_hot, z - leads, 0, of_labels, one_hot - np.eye(10)[labels]
+        assert_close(every(h), expected, ulps=1)

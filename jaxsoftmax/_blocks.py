@@ -1,0 +1,395 @@
+"""How a processor is fed with the head's products: rows in blocks, and what is kept of a block.
+
+The logits z = x w + b of a block of rows are formed, used and dropped. Of C, a function of the logits,
+and D = ∂C/∂z come the gradients ∂C/∂x = D wᵀ, ∂C/∂w = xᵀ D, ∂C/∂b = Σ_n D. CPUs and accelerators want
+other blocks and other orders of the same products; both ways stand here side by side.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._checks import arithmetic_dtype
+from ._mesh import spread, varying
+from ._rows import by_processor
+
+ONE_BLOCK = 2**20  # So few logits are one block.
+CHUNK = 2**19  # The most numbers of the weights' gradient that one product on a CPU adds to.
+
+
+class Affine(NamedTuple):
+    """A layer's weights and bias: z = x w + b."""
+
+    weights: Float[Array, "features classes"]
+    bias: Float[Array, " classes"] | None
+
+
+# What is made of a block's logits: a result for each row, from (z, shared, rows). The shared arrays are
+# the same for all rows, of the others each row has its own part.
+Step = Callable[[Array, Any, Any], Any]
+
+
+def fits_one_block(rows: int, classes: int, block_size: int | None) -> bool:
+    """Whether all rows are one block, of the size given or by themselves."""
+    return rows * classes <= ONE_BLOCK if block_size is None else rows <= block_size
+
+
+def in_one_block(
+    step: Step, x: Float[Array, "rows features"], layer: Affine, shared: Any, rows: Any
+) -> Any:
+    """`step` on all logits at once, to be differentiated as it stands."""
+    z = by_processor(_logits_on_cpu, _logits, x, layer)
+    return step(z, shared, rows)
+
+
+def for_each_row(
+    step: Step,
+    block_size: int | None,
+    recompute: bool,
+    x: Float[Array, "rows features"],
+    layer: Affine,
+    shared: Any,
+    rows: Any,
+) -> Any:
+    """What `step` gives for each row, block by block, each of which takes one product.
+
+    To be differentiated as it stands, a block's logits are computed again, if so told, rather than kept.
+    """
+
+    def of_block(x, layer, shared, rows):
+        return step(_logits(x, layer), shared, rows)
+
+    of_block = jax.checkpoint(of_block) if recompute else of_block
+
+    def blocks(size_of):
+        def results(x, layer, shared, rows):
+            count, classes = x.shape[0], layer.weights.shape[1]
+
+            def block(_, part, __):
+                x, rows = part
+                return None, of_block(x, layer, shared, rows)
+
+            return _over_blocks(block, (x, rows), block_size or size_of(count, classes))[1]
+
+        return results
+
+    return by_processor(blocks(_rows_on_cpu), blocks(_rows_elsewhere), x, layer, shared, rows)
+
+
+class IsWhole(NamedTuple):
+    """Whether this device's gradient is that of all devices, or a part of their sum."""
+
+    by_features: bool
+    by_weights: bool
+
+
+def with_gradients(
+    step: Step,
+    block_size: int | None,
+    is_whole: IsWhole,
+    x: Float[Array, "rows features"],
+    layer: Affine,
+    shared: Any,
+    rows: Any,
+    cotangent: Float[Array, " rows"],
+) -> tuple[Array, tuple[Array, Affine, Any, Any]]:
+    """The cost C_n of each row, and the gradient of Σ_n cotangent_n C_n by all but the cotangent.
+
+    Gradients are in float32 or wider, but whole ones by bfloat16 are rounded to it, once all is added:
+    then they are never held in float32. What is float16 would lose its range.
+    """
+    ways = (partial(way, step, block_size, is_whole) for way in (_gradients_on_cpu, _gradients_elsewhere))
+    return by_processor(*ways, x, layer, shared, rows, cotangent)
+
+
+def _gradient_dtype(x, primal, is_whole):
+    """The dtype of the gradient by features or weights."""
+    wide = arithmetic_dtype(x.dtype)
+    keeps_range = jnp.finfo(primal.dtype).maxexp >= jnp.finfo(jnp.float32).maxexp
+    return primal.dtype if is_whole and keeps_range and not _has_units(x.dtype) else wide
+
+
+def _product(a, b, dtype=None):
+    """Product of operands as narrow as they are, accumulated in float32 or wider."""
+    return jnp.matmul(a, b, preferred_element_type=dtype or arithmetic_dtype(a.dtype))
+
+
+def _logits(x, layer):
+    z = _product(x, layer.weights.astype(x.dtype))
+    return z if layer.bias is None else z + layer.bias.astype(z.dtype)
+
+
+def _pulled_back(step, z, shared, rows, cotangent):
+    """The costs, D, and the gradients by what is shared and by what belongs to rows."""
+    costs, pull_back = jax.vjp(step, z, shared, rows)
+    d_z, d_shared, d_rows = pull_back(spread(cotangent, varying(costs)))
+    is_int = partial(jax.tree.map, lambda d: None if d.dtype == jax.dtypes.float0 else d)
+    return costs, d_z, d_shared, is_int(d_rows)
+
+
+def _narrowed(d_z, dtype):
+    """The logits' gradient in the features' dtype, in units that fill its range: 1 but for float16."""
+    if not _has_units(dtype):
+        return d_z.astype(dtype), 1
+    # A probability of 10⁻⁵ has few digits in float16, and a scaled loss may have no place in it.
+    _, exponent = jnp.frexp(jax.lax.stop_gradient(jnp.max(jnp.abs(d_z))))
+    unit = jnp.ldexp(jnp.ones((), d_z.dtype), jnp.maximum(exponent, -100) - 15)
+    return (d_z / unit).astype(dtype), unit
+
+
+def _has_units(dtype):
+    return jnp.finfo(dtype).maxexp < jnp.finfo(jnp.float32).maxexp
+
+
+# No loop is made for one round: XLA on the CPU cannot run narrow products from a loop it has unrolled.
+
+
+def _over_blocks(step, rows, size):
+    """`step` over every block of rows in turn: what it carries, and what it gives for each row."""
+    count = jax.tree.leaves(rows)[0].shape[0]
+    blocks = max(1, -(-count // size))
+    size = -(-count // blocks)
+
+    def block(state, number):
+        carry, results = state
+        # The last block overlaps the one before, so that one program fits all.
+        start = jnp.minimum(number * size, count - size)
+        is_new = start + jnp.arange(size) >= number * size
+        carry, result = step(carry, _block(rows, start, size), is_new)
+        return (carry, jax.tree.map(partial(_with_block, start, is_new), results, result)), None
+
+    # The first alone: it has nothing to add to.
+    carry, first = step(None, jax.tree.map(lambda a: a[:size], rows), jnp.ones(size, bool))
+    if blocks == 1:
+        return carry, first
+    results = jax.tree.map(lambda a: jnp.zeros((count, *a.shape[1:]), a.dtype).at[:size].set(a), first)
+    return jax.lax.scan(block, (carry, results), jnp.arange(1, blocks), unroll=blocks == 2)[0]
+
+
+def _block(tree, start, size):
+    return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, size), tree)
+
+
+def _with_block(start, is_new, array, block):
+    """The array with the block's new rows at `start`."""
+    chosen = jnp.expand_dims(is_new, range(1, block.ndim))
+    block = jnp.where(chosen, block, _block(array, start, block.shape[0]))
+    return jax.lax.dynamic_update_slice_in_dim(array, block, start, axis=0)
+
+
+# CPUs: blocks that stay near the caches, and the weights' gradient summed a chunk of columns at a time.
+
+
+def _rows_on_cpu(rows, classes):
+    """Rows in a block: enough to keep the products busy, few enough to keep the logits small."""
+    if rows * classes <= ONE_BLOCK:
+        return max(1, rows)
+    return max(64, min(-(-rows // 5), 128), min(-(-rows // 8), 2**24 // classes))
+
+
+def _logits_on_cpu(x, layer):
+    """The logits, to be differentiated as they stand."""
+    # Not for more classes, which would have the larger gradient copied.
+    weights = layer.weights.astype(x.dtype)
+    product = _product(x, _turned(weights) if x.shape[0] >= 8 * weights.shape[1] else weights)
+    if layer.bias is None:
+        return product
+    # As a product, whose gradient is one too: XLA on the CPU sums rows several times as slowly.
+    ones = jnp.ones((product.shape[0], 1), product.dtype)
+    return product + _precisely(ones, layer.bias.astype(product.dtype)[None])
+
+
+# The weights themselves. Their gradient xᵀ D, a sum over many rows for few classes, is taken as the
+# transpose of Dᵀ x: twice as fast on the CPU, as long as the compiler does not turn it round again.
+@jax.custom_vjp
+def _turned(weights):
+    return weights
+
+
+def _turned_fwd(weights):
+    return weights, None
+
+
+def _turned_bwd(_, cotangent):
+    return (jax.lax.optimization_barrier(cotangent.T).T,)
+
+
+_turned.defvjp(_turned_fwd, _turned_bwd)
+
+
+def _gradients_on_cpu(step, block_size, is_whole, x, layer, shared, rows, cotangent):
+    def block(total, part, is_new):
+        x, rows, cotangent = part
+        cotangent = jnp.where(is_new, cotangent, 0)
+        z = _logits(x, layer)
+        costs, d_z, d_shared, d_rows = _pulled_back(step, z, shared, rows, cotangent)
+        narrow, unit = _narrowed(d_z, x.dtype)
+        weights = layer.weights.astype(x.dtype)
+        # Weights first: faster on the CPU, as long as the compiler does not turn it round again.
+        d_x = unit * jax.lax.optimization_barrier(_product(weights, narrow.T)).T
+        d_w = _plus_product(None if total is None else total[0].weights, x.T, narrow, unit)
+        # XLA on the CPU takes several times as long for the sum over rows as for this product.
+        d_b = None if layer.bias is None else _precisely(jnp.ones(d_z.shape[0], d_z.dtype), d_z)
+        if total is not None:
+            d_b, d_shared = jax.tree.map(jnp.add, (total[0].bias, total[1]), (d_b, d_shared))
+        return (Affine(d_w, d_b), d_shared), (costs, d_x, d_rows)
+
+    size = block_size or _rows_on_cpu(x.shape[0], layer.weights.shape[1])
+    (d_layer, d_shared), (costs, d_x, d_rows) = _over_blocks(block, (x, rows, cotangent), size)
+    d_x = d_x.astype(_gradient_dtype(x, x, is_whole.by_features))
+    d_w = d_layer.weights.astype(_gradient_dtype(x, layer.weights, is_whole.by_weights))
+    return costs, (d_x, d_layer._replace(weights=d_w), d_shared, d_rows)
+
+
+def _plus_product(total, a, b, unit):
+    """The total plus unit a b, some columns at a time: at once takes a second array of its size."""
+    if total is None:
+        return unit * _product(a, b)
+    classes = total.shape[1]
+    width = max(1, CHUNK // max(1, total.shape[0]))
+    if width >= classes:
+        return total + unit * _product(a, b)
+
+    def add(i, total):
+        # The last columns overlap those before, to which their part has been added already.
+        start = jnp.minimum(i * width, classes - width)
+        part = unit * _product(a, jax.lax.dynamic_slice_in_dim(b, start, width, axis=1))
+        so_far = jax.lax.dynamic_slice_in_dim(total, start, width, axis=1)
+        part = jnp.where(start + jnp.arange(width) < i * width, so_far, so_far + part)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis=1)
+
+    return jax.lax.fori_loop(0, -(-classes // width), add, total)
+
+
+# Accelerators: large products. The logits' gradient D of a part of the rows is formed block by block and
+# kept in the features' dtype, so that each gradient of the part is one product. A part is what D may take
+# no more memory for than the float32 accumulator of the weights' gradient, which several parts need. The
+# accumulator is read and written once for a part: a hundredth of the products' time, where every block of
+# 128 rows would take twice their time for it.
+
+
+def _rows_elsewhere(rows, classes):
+    """Rows in a block: about 2²⁶ logits, in multiples of what a matrix unit takes at once."""
+    return min(max(1, rows), max(128, 256 * round(2**18 / classes)))
+
+
+def _parts(rows, features, classes, dtype, block_size):
+    """Rows in a part, and rows in a block of it."""
+    size = block_size or _rows_elsewhere(rows, classes)
+    # D in the features' dtype against the accumulator in four bytes. A block with a unit is a part.
+    most = 0 if _has_units(dtype) else 4 * features // jnp.dtype(dtype).itemsize
+    most = max(size, most)
+    part = -(-rows // -(-rows // most)) if rows else 1
+    part = min(-(-part // 128) * 128, most) if part > 128 else part
+    if block_size is None and part * classes <= 2**27:
+        size = part
+    return part, min(size, part)
+
+
+def _gradients_elsewhere(step, block_size, is_whole, x, layer, shared, rows, cotangent):
+    (count, features), classes = x.shape, layer.weights.shape[1]
+    part, size = _parts(count, features, classes, x.dtype, block_size)
+    has_one_part = count <= part
+    dtype = arithmetic_dtype(x.dtype)
+    d_x_dtype = _gradient_dtype(x, x, is_whole.by_features)
+    d_w_dtype = _gradient_dtype(x, layer.weights, is_whole.by_weights)
+    layer = layer._replace(weights=layer.weights.astype(x.dtype))
+
+    # One buffer for all parts. It is not filled first: that would be a pass over it.
+    kept = None if size >= part else spread(jax.lax.empty((part, classes), x.dtype), varying(x))
+
+    def of_part(carry, start, length):
+        kept, total = carry
+        # A barrier, or the slice would be taken again inside each product, which then runs half as fast.
+        own = _apart(_block((x, rows, cotangent), start, length))
+        kept, unit, d_shared, results = _of_blocks(step, size, kept, layer, shared, *own)
+        d_z = kept[:length]
+        d_x = _scaled(unit, _product(d_z, layer.weights.T, d_x_dtype))
+        d_w = _scaled(unit, _product(own[0].T, d_z, d_w_dtype if has_one_part else dtype))
+        # As a product, in a tenth of a sum's time on a TPU; of several rows, or it is made a sum.
+        ones = jnp.ones((8, length), x.dtype)
+        d_b = None if layer.bias is None else _scaled(unit, _precisely(ones, d_z)[0])
+        sums = Affine(d_w, d_b), d_shared
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        return (kept if size < part else None, total), (*results, d_x)
+
+    if has_one_part:
+        (_, total), (costs, d_rows, d_x) = of_part((kept, None), 0, count)
+    else:
+        # Behind a barrier, or the sum would begin with a selection between it and 0, no longer in place.
+        zeros = _apart((_zeros_like(spread(layer, varying(x))), _zeros_like(shared)))
+        # The last part after the loop: its sum is rounded as it is formed.
+        looped = (count - 1) // part
+        carry, results = jax.lax.scan(
+            lambda carry, number: of_part(carry, number * part, part),
+            (None if kept is None else _apart(kept), zeros), jnp.arange(looped),
+        )  # fmt: skip
+        results = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
+        (_, total), last = of_part(carry, looped * part, count - looped * part)
+        costs, d_rows, d_x = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), results, last)
+    d_w = total[0].weights.astype(d_w_dtype)
+    return costs, (d_x, total[0]._replace(weights=d_w), total[1], d_rows)
+
+
+def _apart(tree):
+    """Each array behind a barrier of its own: one for all would have them vary alike on a mesh."""
+    return jax.tree.map(jax.lax.optimization_barrier, tree)
+
+
+def _scaled(unit, array):
+    # No factor, not even 1, may stand between a product and the sum that it is added to in place.
+    return array if isinstance(unit, int) else (unit * array).astype(array.dtype)
+
+
+def _zeros_like(tree):
+    """Zeros to add gradients to, in float32 or wider."""
+
+    def zeros(array):
+        dtype = arithmetic_dtype(jnp.result_type(array))
+        return spread(jnp.zeros(jnp.shape(array), dtype), varying(array))
+
+    return jax.tree.map(zeros, tree)
+
+
+def _precisely(a, b):
+    """Product in full precision, which others are not everywhere."""
+    dtype = arithmetic_dtype(b.dtype)
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+
+def _of_blocks(step, size, kept, layer, shared, x, rows, cotangent):
+    """D of a part with its unit, the gradient by what is shared, and what each row has."""
+    count = x.shape[0]
+
+    def of_block(x, rows, cotangent):
+        costs, d_z, d_shared, d_rows = _pulled_back(step, _logits(x, layer), shared, rows, cotangent)
+        return _narrowed(d_z, x.dtype), d_shared, (costs, d_rows)
+
+    if kept is None:
+        (d_z, unit), d_shared, results = of_block(x, rows, cotangent)
+        return d_z, unit, d_shared, results
+
+    def block(carry, start, length):
+        kept, total = carry
+        # One block after the other: two at once would hold two blocks of logits.
+        x_own, *own = _block((x, rows, cotangent), start, length)
+        x_own, kept = jax.lax.optimization_barrier((x_own, kept))
+        (d_z, _), d_shared, results = of_block(x_own, *own)
+        kept = jax.lax.dynamic_update_slice_in_dim(kept, d_z, start, axis=0)
+        return (kept, jax.tree.map(jnp.add, total, d_shared)), results
+
+    size = min(size, count)
+    whole = count // size
+    carry, results = jax.lax.scan(
+        lambda carry, number: block(carry, number * size, size),
+        (kept, _zeros_like(shared)), jnp.arange(whole),
+    )  # fmt: skip
+    results = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
+    if count > whole * size:
+        carry, last = block(carry, whole * size, count - whole * size)
+        results = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), results, last)
+    return carry[0], 1, carry[1], results

@@ -1,0 +1,82 @@
+"""What the compiler for TPUs makes of the package, wherever libtpu is installed; no TPU is needed."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# One process for all: a compiler for TPUs and devices simulated on the CPU do not share one.
+PROGRAM = """
+import json, sys
+sys.path[:0] = ["benchmarks", "."]
+import jax
+import accelerators as a
+
+device = a.topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
+place = jax.sharding.SingleDeviceSharding(device)
+found = {}
+shapes = (8192, 1000, "float32"), (8192, 32768, "bfloat16"), (512, 151936, "float32")
+for rows, classes, dtype in shapes:
+    arguments = a.shapes(((rows, classes), dtype), ((rows,), "int32"), place=place)
+    for name, function in a.dense_cases():
+        if "softmax" not in name:
+            found[f"{name}, {rows} x {classes}"] = a.figures(function, arguments)
+rows, features, classes = 8192, 4096, 128256
+arguments = a.shapes(
+    ((rows, features), "bfloat16"), ((features, classes), "bfloat16"), ((classes,), "bfloat16"),
+    ((rows,), "int32"), place=place,
+)
+wanted = ("the three products", "head", "head with bias", "head, none", "head, value")
+for name, function in a.head_cases(rows):
+    if name in wanted:
+        found[name] = a.figures(function, arguments)
+json.dump({name: each for name, each in found.items()}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def figures():
+    if not importlib.util.find_spec("libtpu"):
+        pytest.skip("libtpu is not installed: pip install '.[accelerators]'")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    finished = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return json.loads(finished.stdout)
+
+
+@pytest.mark.parametrize("shape", [(8192, 1000, 4), (8192, 32768, 2), (512, 151936, 4)])
+@pytest.mark.parametrize("kind", ["value", "value and gradient"])
+def test_the_cost_stores_nothing_of_the_logits_size(figures, kind, shape):
+    rows, classes, size = shape
+    cycles, temporary, depth, _ = figures[f"log_likelihood_cost, {kind}, {rows} x {classes}"]
+    assert temporary < 0.01 * rows * classes * size
+    assert depth == 0
+    # One pass for the statistics.
+    assert (
+        cycles
+        < (0.6 if kind == "value and gradient" else 0.45)
+        * (figures[f"optax, {kind}, {rows} x {classes}"][0])
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("head", 1.27), ("head with bias", 1.31), ("head, none", 1.3 * 4 / 3), ("head, value", 0.5)],
+)
+def test_the_head_takes_little_more_than_its_products(figures, name, most):
+    cycles, temporary, depth, text = figures[name]
+    assert cycles < most * figures["the three products"][0]
+    assert temporary < 2.7e9
+    assert depth <= 1
+    # No copy and no gather of what has a number for each row and class.
+    for shape in re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|gather|all-gather)\(", text):
+        sizes = [int(n) for n in shape.split(",")]
+        assert not (128256 in sizes and max(s for s in sizes if s != 128256) >= 512 and 4096 not in sizes)

@@ -1,0 +1,167 @@
+"""The way of accelerators through rows and blocks, run on the CPU, is as right and as exact."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import assert_close, assert_norms_close, assert_relative, random_labels, random_targets
+
+import jaxsoftmax as js
+from jaxsoftmax import _blocks, _rows
+
+LANES = 1024
+
+
+def in_lanes(terms, start, join):
+    """The terms of each row joined as a device with so many lanes would: in chains that meet in pairs."""
+    classes = terms[0].shape[-1]
+    spare = -classes % LANES
+    padded = [
+        jnp.pad(term, [(0, 0)] * (term.ndim - 1) + [(0, spare)], constant_values=first)
+        for term, first in zip(terms, start, strict=True)
+    ]
+    folded = [term.reshape(*term.shape[:-1], -1, LANES) for term in padded]
+    chains = jax.lax.reduce(tuple(folded), start, join, (folded[0].ndim - 2,))
+    while chains[0].shape[-1] > 1:
+        half = chains[0].shape[-1] // 2
+        chains = join([c[..., :half] for c in chains], [c[..., half:] for c in chains])
+    return tuple(c[..., 0] for c in chains)
+
+
+@pytest.fixture(params=["one chain", "lanes"])
+def elsewhere(request, monkeypatch):
+    """Runs what accelerators run."""
+    for module in (_rows, _blocks):
+        monkeypatch.setattr(module, "by_processor", lambda _, other, *arguments: other(*arguments))
+    if request.param == "lanes":
+        monkeypatch.setattr(_rows, "reduce_rows", in_lanes)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=str)
+def test_exact_at_every_confidence(elsewhere, dtype):
+    # One chain of 131,072 sums is on no accelerator, and rounds as often.
+    for classes in (2, 10, 1000, *((4099, 131_072) if elsewhere == "lanes" else ())):
+        leads = np.array([-87, -40, -3, 0, 3, 20, 40, 87])
+        logits = np.random.default_rng(5).normal(size=(len(leads), classes)) / 3
+        label = classes // 2
+        logits[:, label] = leads
+        with jax.enable_x64(dtype == jnp.float64):
+            index = jnp.full(len(leads), label)
+            for labels in (index, jax.nn.one_hot(index, classes, dtype=dtype)):
+
+                def total(z, labels=labels):
+                    each = js.log_likelihood_cost(z, labels, reduction="none")
+                    return jnp.sum(each), each
+
+                for offset in (0.0, 1000.0):
+                    z = jnp.asarray(logits + offset, dtype)
+                    (_, cost), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(z)
+                    exact_cost, exact_gradient = oracle.many_classes(np.asarray(z), label)
+                    assert_relative(cost, exact_cost, eps_multiple=8)
+                    assert_relative(gradient, exact_gradient, eps_multiple=8)
+
+
+def test_the_edges(elsewhere):
+    del elsewhere
+    logits = jnp.array(
+        [
+            [1.0, -jnp.inf, 0.0],
+            [jnp.nan, 0, 0],
+            [jnp.inf, 0, 0],
+            [0, 0, jnp.inf],
+            [-jnp.inf] * 3,
+            [3e38, -3e38, 0],
+        ]
+    )
+    labels = jnp.array([0, 1, 1, 2, 0, 0])
+    for y in (labels, jax.nn.one_hot(labels, 3)):
+        cost = jax.jit(partial(js.log_likelihood_cost, reduction="none"))(logits, y)
+        assert_close(cost, [np.log1p(np.exp(-1.0)), np.nan, np.nan, np.nan, np.inf, 0], ulps=2)
+    assert list(np.isnan(js.softmax(logits)).all(axis=1)) == [False, True, True, True, True, False]
+    gradient = jax.grad(lambda z: js.log_likelihood_cost(z, labels, sample_weight=labels == 0))(logits)
+    assert_close(gradient[1:4], np.zeros((3, 3)), ulps=0)
+    bad = jax.jit(partial(js.log_likelihood_cost, reduction="none"))(logits[:2], jnp.array([5, -1]))
+    assert np.isnan(bad).all()
+    cost, gradient = jax.value_and_grad(js.log_likelihood_cost)(jnp.array([[7.0]]), jnp.array([0]))
+    assert (float(cost), float(gradient[0, 0])) == (0, 0)
+
+
+def test_softmax_and_second_derivatives(elsewhere):
+    del elsewhere
+    z = jnp.asarray(np.random.default_rng(1).normal(size=(3, 6)) * 4, jnp.float32)
+    exact = np.asarray(z, np.float64)
+    assert_relative(js.softmax(z), oracle.softmax(exact), eps_multiple=8)
+    assert_relative(js.log_softmax(z), oracle.log_softmax(exact), eps_multiple=8)
+    for label in (jnp.array(1), jax.nn.one_hot(1, 6)):
+        hessian = jax.jit(jax.hessian(lambda z: js.log_likelihood_cost(z, label)))(z[0])  # noqa: B023
+        assert_close(hessian, oracle.softmax_jacobian(exact[:1])[0], ulps=16)
+    plain = js.without_custom_rules(js.log_likelihood_cost)
+    _, slope = jax.jvp(lambda z: plain(z, jnp.array([1, 2, 3])), (z,), (jnp.ones_like(z),))
+    assert abs(slope) < 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "block_size"),
+    [
+        ((23, 3, 9), jnp.float32, None),  # one block
+        ((23, 3, 9), jnp.float32, 2),  # parts of 3 rows, in blocks
+        ((24, 30, 9), jnp.float32, 5),  # one part
+        ((300, 70, 40), jnp.bfloat16, 64),  # parts of several blocks, the last shorter
+        ((300, 70, 40), jnp.float16, 64),
+    ],
+)
+def test_the_head_in_parts(elsewhere, shape, dtype, block_size, reduction):
+    if elsewhere == "lanes":
+        pytest.skip("the order of products is the same")
+    rows, features, classes = shape
+    generator = np.random.default_rng(3)
+    x, w, b = (
+        jnp.asarray(generator.normal(size=size) / 2, dtype)
+        for size in ((rows, features), (features, classes), (classes,))
+    )
+    options = {
+        "sample_weight": jnp.asarray(generator.random(rows), jnp.float32).at[0].set(0),
+        "class_weight": jnp.asarray(generator.random(classes), jnp.float32),
+        "label_smoothing": jnp.float32(0.1),
+        "z_loss": jnp.float32(0.01),
+    }
+    cotangent = jnp.asarray(generator.normal(size=() if reduction == "mean" else rows), jnp.float32)
+
+    def results(cost, labels, *arguments):
+        def of(x, w, b, options):
+            return cost(x, w, b, labels, **options)
+
+        value, pull_back = jax.vjp(of, *arguments)
+        return value, pull_back(cotangent)
+
+    def head(*arguments, **options):
+        cost = js.linear_log_likelihood_cost
+        return cost(*arguments, reduction=reduction, block_size=block_size, **options)
+
+    def dense(x, w, b, labels, **options):
+        z = jnp.matmul(x, w, preferred_element_type=jnp.float32) + b.astype(jnp.float32)
+        return js.log_likelihood_cost(z, labels, reduction=reduction, **options)
+
+    tolerance = 2e-5 if dtype == jnp.float32 else 2e-2
+    for labels in (random_labels((rows, classes)), random_targets((rows, classes), jnp.float32)):
+        run = (jax.jit(partial(results, cost, labels))(x, w, b, options) for cost in (head, dense))
+        assert_norms_close(*run, tolerance)
+
+
+def test_float32_weights_beside_bfloat16_features(elsewhere):
+    if elsewhere == "lanes":
+        pytest.skip("the order of products is the same")
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(30, 8)), jnp.bfloat16)
+    w = jnp.asarray(np.random.default_rng(4).normal(size=(8, 12)), jnp.float32)
+    labels = random_labels((30, 12))
+    gradient = jax.grad(lambda w: js.linear_log_likelihood_cost(x, w, None, labels, block_size=7))(w)
+    assert gradient.dtype == jnp.float32
+    exact = jax.grad(lambda w: js.log_likelihood_cost(x.astype(jnp.float32) @ w, labels))(w)
+    assert_norms_close(gradient, exact, 1e-2)
