@@ -353,11 +353,20 @@ def _is_shared(rows, weights):
 
 def _costs(plan, z, settings, rows):
     """The cost of each row of logits."""
-    if settings.softcap is not None:
-        z = settings.softcap * jnp.tanh(z / settings.softcap)
     exists = _existing(plan, z)
-    z = z if exists is None else jnp.where(exists, z, -jnp.inf)
+    z = _masked(exists, _capped(settings, z))
     return example_costs(z, rows.labels, rows.sample_weight, settings.options, exists, plan.axes)
+
+
+def _capped(settings, z):
+    """The logits, bent below the softcap if there is one."""
+    c = settings.softcap
+    return z if c is None else c * jnp.tanh(z / c)
+
+
+def _masked(exists, z):
+    """The logits, −inf for classes that do not exist."""
+    return z if exists is None else jnp.where(exists, z, -jnp.inf)
 
 
 def _existing(plan, z):
@@ -383,11 +392,9 @@ def _statistics(plan, x, rows, layer, settings):
     def step(z, settings, rows):
         exists = _existing(plan, z)
         # The softcap changes no order, but may make logits equal.
-        prediction = winner(axes, z if exists is None else jnp.where(exists, z, -jnp.inf))
+        prediction = winner(axes, _masked(exists, z))
         costs = None if rows.labels is None else _costs(plan, z, settings, rows)
-        if settings.softcap is not None:
-            z = settings.softcap * jnp.tanh(z / settings.softcap)
-        z = z if exists is None else jnp.where(exists, z, -jnp.inf)
+        z = _masked(exists, _capped(settings, z))
         sums = sums_without(axes, z, prediction - first_class(z, axes))
         log_sum = jnp.log(sums.total)
         # As far behind as there are numbers: a class that does not exist adds 0, and 0 · ∞ would not be.
