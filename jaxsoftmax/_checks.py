@@ -1,6 +1,7 @@
 """What is refused, and in which words: shapes, dtypes, labels."""
 
 import operator
+from functools import partial
 from typing import Any
 
 import jax
@@ -120,6 +121,7 @@ def _check_range(labels: ArrayLike, classes: int, weight: ArrayLike | None) -> N
         )
 
 
+@partial(jax.jit, static_argnums=1)
 def _as_index(labels: Array, classes: int) -> Array:
     # Compared before any narrowing cast: a label beyond int32 must not wrap round to a class.
     labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
@@ -176,6 +178,17 @@ def as_number(
         limit = "at least 0" if most == np.inf else f"from 0 to {most}"
         raise ValueError(f"{name} must be {limit}, got {value}")
     return float(value) if isinstance(value, int | float) else array.astype(dtype)
+
+
+def as_normalizer(reduction: str, normalizer: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """What "mean" divides by, if it is given."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if normalizer is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(f"normalizer goes with reduction 'mean', got {reduction!r}")
+    return as_number("normalizer", normalizer, dtype)
 
 
 def as_count(name: str, value: Any) -> int:

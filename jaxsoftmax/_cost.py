@@ -1,6 +1,7 @@
 """The log-likelihood cost, the quadratic cost it is compared with, and the weight penalty."""
 
 import math
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from ._checks import (
     as_class_weight,
     as_labels,
     as_logits,
+    as_normalizer,
     as_number,
     as_weights,
     as_where,
@@ -25,6 +27,7 @@ from ._mesh import (
     Axes,
     MeshAxis,
     class_count,
+    device_count,
     first_class,
     from_its_device,
     is_sharded,
@@ -124,17 +127,12 @@ def log_likelihood_cost(
         Prieto et al. (2025), "Grokking at the edge of numerical stability", arXiv:2501.04697, on what
         training loses to costs rounded to 0.
     """
-    z, labels, v, axes = _as_examples(logits, labels, axis, sample_weight, class_axis)
-    options = as_options(class_weight, label_smoothing, z_loss, z.shape[-1], arithmetic_dtype(z.dtype))
-    exists = None
-    if where is not None:
-        exists = jnp.moveaxis(as_where(where, jnp.shape(logits)), axis, -1)
-        # There is no infinity in some formats of one byte.
-        z = z if z.dtype.itemsize > 1 else z.astype(arithmetic_dtype(z.dtype))
-        z = jnp.where(exists, z, -jnp.inf)
-    cost = example_costs(z, labels, v, options, exists, axes)
-    weight = total_weight(labels, v, options.class_weight, axes)
-    return reduced(cost, weight, reduction, normalizer)
+    z, axis, labels, v, axes = _as_examples(logits, labels, axis, sample_weight, class_axis)
+    dtype = arithmetic_dtype(z.dtype)
+    options = as_options(class_weight, label_smoothing, z_loss, z.shape[axis], dtype)
+    exists = None if where is None else as_where(where, z.shape)
+    normalizer = as_normalizer(reduction, normalizer, dtype)
+    return _log_likelihood((axes, axis, reduction), z, labels, v, options, exists, normalizer)
 
 
 def quadratic_cost(
@@ -178,12 +176,9 @@ def quadratic_cost(
     References:
         Nielsen (2015), "Neural Networks and Deep Learning", chapter 3, on the learning slowdown.
     """
-    z, labels, weight, axes = _as_examples(logits, labels, axis, sample_weight, class_axis)
-    z = z.astype(arithmetic_dtype(z.dtype))
-    cost = _quadratic(axes, *_alike(z, _as_targets(labels, weight, z.dtype)))
-    if weight is not None:
-        cost = _weighted(weight, cost)
-    return reduced(cost, total_weight(labels, weight), reduction, None)
+    z, axis, labels, v, axes = _as_examples(logits, labels, axis, sample_weight, class_axis)
+    as_normalizer(reduction, None, z.dtype)
+    return _quadratics((axes, axis, reduction), z, labels, v)
 
 
 def weight_penalty(params: PyTree) -> Float[Array, ""]:
@@ -298,16 +293,40 @@ def total_weight(
 
 
 def _as_examples(logits, labels, axis, sample_weight, class_axis):
-    """All checked: logits and labels with the classes last, sample weights, axes of the classes."""
+    """All checked: logits, their class axis, labels with the classes last, sample weights, mesh axes."""
     array, axis = as_logits(logits, axis)
     axes = spread_over("logits", array, "class_axis", class_axis)
     v = None
     if sample_weight is not None:
         batch = array.shape[:axis] + array.shape[axis + 1 :]
         v = as_weights(sample_weight, batch, arithmetic_dtype(array.dtype))
-    z = jnp.moveaxis(array, axis, -1)
-    labels = as_labels(labels, array.shape, axis, sample_weight, class_count(z, axes))
-    return z, labels, v, axes
+    classes = array.shape[axis] * device_count(axes)
+    labels = as_labels(labels, array.shape, axis, sample_weight, classes)
+    return array, axis, labels, v, axes
+
+
+# Outside jit each operation of these would be compiled by itself.
+@partial(jax.jit, static_argnums=0)
+def _log_likelihood(plan, z, labels, v, options, exists, normalizer):
+    axes, axis, reduction = plan
+    z = jnp.moveaxis(z, axis, -1)
+    if exists is not None:
+        exists = jnp.moveaxis(exists, axis, -1)
+        # There is no infinity in some formats of one byte.
+        z = z if z.dtype.itemsize > 1 else z.astype(arithmetic_dtype(z.dtype))
+        z = jnp.where(exists, z, -jnp.inf)
+    cost = example_costs(z, labels, v, options, exists, axes)
+    weight = total_weight(labels, v, options.class_weight, axes)
+    return reduced(cost, weight, reduction, normalizer)
+
+
+@partial(jax.jit, static_argnums=0)
+def _quadratics(plan, z, labels, v):
+    axes, axis, reduction = plan
+    z = jnp.moveaxis(z, axis, -1).astype(arithmetic_dtype(z.dtype))
+    cost = _quadratic(axes, *_alike(z, _as_targets(labels, v, z.dtype)))
+    cost = cost if v is None else _weighted(v, cost)
+    return reduced(cost, total_weight(labels, v), reduction, None)
 
 
 def _as_targets(labels, v, dtype):
@@ -349,16 +368,11 @@ def reduced(
     normalizer: Any,
 ) -> Float[Array, "..."]:
     """The costs of all examples, which weigh `weight` together, as one number or as they are."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f"normalizer goes with reduction 'mean', got {reduction!r}")
     if reduction == "none":
         return cost
     if reduction == "sum":
         return jnp.sum(cost)
-    if normalizer is not None:
-        weight = as_number("normalizer", normalizer, cost.dtype)
+    weight = weight if normalizer is None else normalizer
     return jnp.where(weight == 0, 0, jnp.sum(cost) / jnp.where(weight == 0, 1, weight))
 
 

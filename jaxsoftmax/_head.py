@@ -22,6 +22,7 @@ from ._checks import (
     as_count,
     as_floats,
     as_labels,
+    as_normalizer,
     as_number,
     as_weights,
     is_known,
@@ -144,6 +145,7 @@ def linear_log_likelihood_cost(
     v = None if sample_weight is None else as_weights(sample_weight, batch, dtype)
     labels = as_labels(labels, (*batch, classes), len(batch), sample_weight, plan.num_classes)
     options = as_options(class_weight, label_smoothing, z_loss, classes, dtype)
+    normalizer = as_normalizer(reduction, normalizer, dtype)
     cost = partial(_cost, plan, reduction, places.batch_axes)
     place = P() if reduction in ("mean", "sum") else places.batch
     arguments = x, _Rows(labels, v), layer, settings._replace(options=options), normalizer

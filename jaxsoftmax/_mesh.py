@@ -86,7 +86,12 @@ def smallest(values: Array, axes: Axes) -> Array:
 
 def class_count(values: Float[Array, "*batch classes"], axes: Axes) -> int:
     """How many classes there are on all devices."""
-    return values.shape[-1] * (jax.lax.axis_size(axes) if axes else 1)
+    return values.shape[-1] * device_count(axes)
+
+
+def device_count(axes: Axes) -> int:
+    """How many devices there are along the axes."""
+    return jax.lax.axis_size(axes) if axes else 1
 
 
 def first_class(values: Float[Array, "*batch classes"], axes: Axes) -> Array | int:

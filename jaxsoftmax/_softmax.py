@@ -271,11 +271,16 @@ _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 def _along_last(kernel, logits, axis, where, class_axis, masked):
     """`kernel` over `axis`, in float32 or wider; `masked` for the classes that do not exist."""
-    array, axis = as_logits(logits, axis)
-    axes = spread_over("logits", array, "class_axis", class_axis)
-    z = array.astype(arithmetic_dtype(array.dtype))
+    z, axis = as_logits(logits, axis)
+    axes = spread_over("logits", z, "class_axis", class_axis)
     exists = None if where is None else as_where(where, z.shape)
-    if exists is not None:
-        z = jnp.where(exists, z, -jnp.inf)
-    result = jnp.moveaxis(kernel(axes, jnp.moveaxis(z, axis, -1)), -1, axis).astype(array.dtype)
+    return _of_existing((kernel, axes, axis, masked), z, exists)
+
+
+@partial(jax.jit, static_argnums=0)  # Outside jit each operation would be compiled by itself.
+def _of_existing(plan, logits, exists):
+    kernel, axes, axis, masked = plan
+    z = logits.astype(arithmetic_dtype(logits.dtype))
+    z = z if exists is None else jnp.where(exists, z, -jnp.inf)
+    result = jnp.moveaxis(kernel(axes, jnp.moveaxis(z, axis, -1)), -1, axis).astype(logits.dtype)
     return result if exists is None else jnp.where(exists, result, masked)
