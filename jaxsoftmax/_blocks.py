@@ -60,24 +60,17 @@ def for_each_row(
     To be differentiated as it stands, a block's logits are computed again, if so told, rather than kept.
     """
 
-    def of_block(x, layer, shared, rows):
+    def of_block(layer, shared, x, rows):
         return step(_logits(x, layer), shared, rows)
 
     of_block = jax.checkpoint(of_block) if recompute else of_block
 
-    def blocks(size_of):
-        def results(x, layer, shared, rows):
-            count, classes = x.shape[0], layer.weights.shape[1]
+    def blocks(way, x, layer, shared, rows):
+        size = block_size or way.rows(x.shape[0], layer.weights.shape[1])
+        block = lambda _, __, own: (None, of_block(layer, shared, *own))  # noqa: E731
+        return _in_turn(block, None, (x, rows), size, way.is_first_apart)[1]
 
-            def block(_, part, __):
-                x, rows = part
-                return None, of_block(x, layer, shared, rows)
-
-            return _over_blocks(block, (x, rows), block_size or size_of(count, classes))[1]
-
-        return results
-
-    return by_processor(blocks(_rows_on_cpu), blocks(_rows_elsewhere), x, layer, shared, rows)
+    return by_processor(partial(blocks, CPU), partial(blocks, ACCELERATOR), x, layer, shared, rows)
 
 
 class IsWhole(NamedTuple):
@@ -102,7 +95,7 @@ def with_gradients(
     Gradients are in float32 or wider, but whole ones by bfloat16 are rounded to it, once all is added:
     then they are never held in float32. What is float16 would lose its range.
     """
-    ways = (partial(way, step, block_size, is_whole) for way in (_gradients_on_cpu, _gradients_elsewhere))
+    ways = (partial(_gradients, way, step, block_size, is_whole) for way in (CPU, ACCELERATOR))
     return by_processor(*ways, x, layer, shared, rows, cotangent)
 
 
@@ -145,40 +138,140 @@ def _has_units(dtype):
     return jnp.finfo(dtype).maxexp < jnp.finfo(jnp.float32).maxexp
 
 
-# No loop is made for one round: XLA on the CPU cannot run narrow products from a loop it has unrolled.
+def _in_turn(step, carry, rows, size, is_first_apart):
+    """`step(carry, start, block)` for every block of rows: what it carries, and gives for each row.
 
-
-def _over_blocks(step, rows, size):
-    """`step` over every block of rows in turn: what it carries, and what it gives for each row."""
+    A loop, and the first block or the last, which may be shorter, apart.
+    """
     count = jax.tree.leaves(rows)[0].shape[0]
-    blocks = max(1, -(-count // size))
-    size = -(-count // blocks)
+    looped = max(0, count - 1) // size
+    if not looped:
+        return step(carry, 0, rows)
+    others = count - looped * size
+    # No loop for one round: XLA on the CPU cannot run narrow products from one that it has unrolled.
+    scan = partial(jax.lax.scan, xs=jnp.arange(looped), unroll=looped == 1)
 
-    def block(state, number):
-        carry, results = state
-        # The last block overlaps the one before, so that one program fits all.
-        start = jnp.minimum(number * size, count - size)
-        is_new = start + jnp.arange(size) >= number * size
-        carry, result = step(carry, _block(rows, start, size), is_new)
-        return (carry, jax.tree.map(partial(_with_block, start, is_new), results, result)), None
+    def block(carry, start, length):
+        own = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, length), rows)
+        return step(carry, start, own)
 
-    # The first alone: it has nothing to add to.
-    carry, first = step(None, jax.tree.map(lambda a: a[:size], rows), jnp.ones(size, bool))
-    if blocks == 1:
-        return carry, first
-    results = jax.tree.map(lambda a: jnp.zeros((count, *a.shape[1:]), a.dtype).at[:size].set(a), first)
-    return jax.lax.scan(block, (carry, results), jnp.arange(1, blocks), unroll=blocks == 2)[0]
+    if is_first_apart:
+        # The results are carried, or the first block and the loop would be formed at the same time.
+        def add(state, number):
+            start = others + number * size
+            carry, own = block(state[0], start, size)
+            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+            return (carry, jax.tree.map(put, state[1], own)), None
+
+        carry, first = block(carry, 0, others)
+        padded = jax.tree.map(
+            lambda a: jnp.pad(a, [(0, count - others)] + [(0, 0)] * (a.ndim - 1)), first
+        )
+        return scan(add, (carry, padded))[0]
+    carry, results = scan(lambda carry, number: block(carry, number * size, size), carry)
+    carry, last = block(carry, looped * size, others)
+    return carry, jax.tree.map(
+        lambda many, one: jnp.concatenate([many.reshape(-1, *one.shape[1:]), one]), results, last
+    )
 
 
-def _block(tree, start, size):
-    return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, size), tree)
+class _Way(NamedTuple):
+    """A processor's blocks and products."""
+
+    rows: Callable[[int, int], int]  # In a block; of rows and classes.
+    is_first_apart: bool  # Of the blocks, or the last.
+    keeps: bool  # D of several blocks, which are a part then.
+    by_features: Callable[..., Array]  # unit D wᵀ; of D, w, unit, dtype
+    plus_by_weights: Callable[..., Array]  # total + unit xᵀ D; of total or None, x, D, unit, dtype
 
 
-def _with_block(start, is_new, array, block):
-    """The array with the block's new rows at `start`."""
-    chosen = jnp.expand_dims(is_new, range(1, block.ndim))
-    block = jnp.where(chosen, block, _block(array, start, block.shape[0]))
-    return jax.lax.dynamic_update_slice_in_dim(array, block, start, axis=0)
+def _gradients(way, step, block_size, is_whole, x, layer, shared, rows, cotangent):
+    (count, features), classes = x.shape, layer.weights.shape[1]
+    part, size = _sizes(way, count, features, classes, x.dtype, block_size)
+    d_x_dtype = _gradient_dtype(x, x, is_whole.by_features)
+    d_w_dtype = _gradient_dtype(x, layer.weights, is_whole.by_weights)
+    sum_dtype = d_w_dtype if count <= part else arithmetic_dtype(x.dtype)
+    layer = layer._replace(weights=layer.weights.astype(x.dtype))
+
+    def of_part(carry, _, own):
+        kept, total = carry
+        # A barrier, or the slice would be taken again inside each product, which then runs half as fast.
+        own = _apart(own)
+        kept, unit, d_shared, results = _of_blocks(step, size, kept, layer, shared, *own)
+        length = own[0].shape[0]
+        d_z = kept[:length]
+        d_x = way.by_features(d_z, layer.weights, unit, d_x_dtype)
+        d_w = way.plus_by_weights(total and total[0].weights, own[0], d_z, unit, sum_dtype)
+        # As a product, in a tenth of a sum's time on a TPU; of several rows, or it is made a sum.
+        ones = jnp.ones((8, length), x.dtype)
+        d_b = None if layer.bias is None else _scaled(unit, _precisely(ones, d_z)[0])
+        if total:
+            d_b, d_shared = jax.tree.map(jnp.add, (total[0].bias, total[1]), (d_b, d_shared))
+        return (kept if size < part else None, (Affine(d_w, d_b), d_shared)), (*results, d_x)
+
+    # One buffer for all parts. It is not filled first: that would be a pass over it.
+    kept = None if size >= part else spread(jax.lax.empty((part, classes), x.dtype), varying(x))
+    total = None
+    if count > part and not way.is_first_apart:
+        # Behind a barrier, or the sum would begin with a selection between it and 0, no longer in place.
+        total = _zeros_like(spread(layer, varying(x))), _zeros_like(shared)
+        kept, total = _apart((kept, total))
+    carry, (costs, d_rows, d_x) = _in_turn(
+        of_part, (kept, total), (x, rows, cotangent), part, way.is_first_apart
+    )
+    d_layer, d_shared = carry[1]
+    d_w = d_layer.weights.astype(d_w_dtype)
+    return costs, (d_x, d_layer._replace(weights=d_w), d_shared, d_rows)
+
+
+def _of_blocks(step, size, kept, layer, shared, x, rows, cotangent):
+    """D of a part with its unit, the gradient by what is shared, and what each row has."""
+
+    def of_block(x, rows, cotangent):
+        costs, d_z, d_shared, d_rows = _pulled_back(step, _logits(x, layer), shared, rows, cotangent)
+        return _narrowed(d_z, x.dtype), d_shared, (costs, d_rows)
+
+    if kept is None:
+        (d_z, unit), d_shared, results = of_block(x, rows, cotangent)
+        return d_z, unit, d_shared, results
+
+    def block(carry, start, own):
+        kept, total = carry
+        # One block after the other: two at once would hold two blocks of logits.
+        x, kept = jax.lax.optimization_barrier((own[0], kept))
+        (d_z, _), d_shared, results = of_block(x, *own[1:])
+        kept = jax.lax.dynamic_update_slice_in_dim(kept, d_z, start, axis=0)
+        return (kept, jax.tree.map(jnp.add, total, d_shared)), results
+
+    sums = kept, _zeros_like(shared)
+    (kept, total), results = _in_turn(block, sums, (x, rows, cotangent), size, False)
+    return kept, 1, total, results
+
+
+def _apart(tree):
+    """Each array behind a barrier of its own: one for all would have them vary alike on a mesh."""
+    return jax.tree.map(jax.lax.optimization_barrier, tree)
+
+
+def _scaled(unit, array):
+    # No factor, not even 1, may stand between a product and the sum that it is added to in place.
+    return array if isinstance(unit, int) else (unit * array).astype(array.dtype)
+
+
+def _zeros_like(tree):
+    """Zeros to add gradients to, in float32 or wider."""
+
+    def zeros(array):
+        dtype = arithmetic_dtype(jnp.result_type(array))
+        return spread(jnp.zeros(jnp.shape(array), dtype), varying(array))
+
+    return jax.tree.map(zeros, tree)
+
+
+def _precisely(a, b):
+    """Product in full precision, which others are not everywhere."""
+    dtype = arithmetic_dtype(b.dtype)
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
 # CPUs: blocks that stay near the caches, and the weights' gradient summed a chunk of columns at a time.
@@ -189,6 +282,34 @@ def _rows_on_cpu(rows, classes):
     if rows * classes <= ONE_BLOCK:
         return max(1, rows)
     return max(64, min(-(-rows // 5), 128), min(-(-rows // 8), 2**24 // classes))
+
+
+def _by_features_on_cpu(d_z, weights, unit, dtype):
+    # Weights first: faster on the CPU, as long as the compiler does not turn it round again.
+    product = jax.lax.optimization_barrier(_product(weights, d_z.T)).T
+    return _scaled(unit, product).astype(dtype)
+
+
+def _plus_by_weights_on_cpu(total, x, d_z, unit, dtype):
+    """Some columns at a time: at once takes a second array of the total's size."""
+    classes = d_z.shape[1]
+    width = max(1, CHUNK // max(1, x.shape[1]))
+    if total is None or width >= classes:
+        product = _scaled(unit, _product(x.T, d_z))
+        return product.astype(dtype) if total is None else total + product
+
+    def add(i, total):
+        # The last columns overlap those before, to which their part has been added already.
+        start = jnp.minimum(i * width, classes - width)
+        part = _scaled(unit, _product(x.T, jax.lax.dynamic_slice_in_dim(d_z, start, width, axis=1)))
+        so_far = jax.lax.dynamic_slice_in_dim(total, start, width, axis=1)
+        part = jnp.where(start + jnp.arange(width) < i * width, so_far, so_far + part)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis=1)
+
+    return jax.lax.fori_loop(0, -(-classes // width), add, total)
+
+
+CPU = _Way(_rows_on_cpu, True, False, _by_features_on_cpu, _plus_by_weights_on_cpu)
 
 
 def _logits_on_cpu(x, layer):
@@ -221,50 +342,6 @@ def _turned_bwd(_, cotangent):
 _turned.defvjp(_turned_fwd, _turned_bwd)
 
 
-def _gradients_on_cpu(step, block_size, is_whole, x, layer, shared, rows, cotangent):
-    def block(total, part, is_new):
-        x, rows, cotangent = part
-        cotangent = jnp.where(is_new, cotangent, 0)
-        z = _logits(x, layer)
-        costs, d_z, d_shared, d_rows = _pulled_back(step, z, shared, rows, cotangent)
-        narrow, unit = _narrowed(d_z, x.dtype)
-        weights = layer.weights.astype(x.dtype)
-        # Weights first: faster on the CPU, as long as the compiler does not turn it round again.
-        d_x = unit * jax.lax.optimization_barrier(_product(weights, narrow.T)).T
-        d_w = _plus_product(None if total is None else total[0].weights, x.T, narrow, unit)
-        # XLA on the CPU takes several times as long for the sum over rows as for this product.
-        d_b = None if layer.bias is None else _precisely(jnp.ones(d_z.shape[0], d_z.dtype), d_z)
-        if total is not None:
-            d_b, d_shared = jax.tree.map(jnp.add, (total[0].bias, total[1]), (d_b, d_shared))
-        return (Affine(d_w, d_b), d_shared), (costs, d_x, d_rows)
-
-    size = block_size or _rows_on_cpu(x.shape[0], layer.weights.shape[1])
-    (d_layer, d_shared), (costs, d_x, d_rows) = _over_blocks(block, (x, rows, cotangent), size)
-    d_x = d_x.astype(_gradient_dtype(x, x, is_whole.by_features))
-    d_w = d_layer.weights.astype(_gradient_dtype(x, layer.weights, is_whole.by_weights))
-    return costs, (d_x, d_layer._replace(weights=d_w), d_shared, d_rows)
-
-
-def _plus_product(total, a, b, unit):
-    """The total plus unit a b, some columns at a time: at once takes a second array of its size."""
-    if total is None:
-        return unit * _product(a, b)
-    classes = total.shape[1]
-    width = max(1, CHUNK // max(1, total.shape[0]))
-    if width >= classes:
-        return total + unit * _product(a, b)
-
-    def add(i, total):
-        # The last columns overlap those before, to which their part has been added already.
-        start = jnp.minimum(i * width, classes - width)
-        part = unit * _product(a, jax.lax.dynamic_slice_in_dim(b, start, width, axis=1))
-        so_far = jax.lax.dynamic_slice_in_dim(total, start, width, axis=1)
-        part = jnp.where(start + jnp.arange(width) < i * width, so_far, so_far + part)
-        return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis=1)
-
-    return jax.lax.fori_loop(0, -(-classes // width), add, total)
-
-
 # Accelerators: large products. The logits' gradient D of a part of the rows is formed block by block and
 # kept in the features' dtype, so that each gradient of the part is one product. A part is what D may take
 # no more memory for than the float32 accumulator of the weights' gradient, which several parts need. The
@@ -277,9 +354,11 @@ def _rows_elsewhere(rows, classes):
     return min(max(1, rows), max(128, 256 * round(2**18 / classes)))
 
 
-def _parts(rows, features, classes, dtype, block_size):
+def _sizes(way, rows, features, classes, dtype, block_size):
     """Rows in a part, and rows in a block of it."""
-    size = block_size or _rows_elsewhere(rows, classes)
+    size = block_size or way.rows(rows, classes)
+    if not way.keeps:
+        return size, size
     # D in the features' dtype against the accumulator in four bytes. A block with a unit is a part.
     most = 0 if _has_units(dtype) else 4 * features // jnp.dtype(dtype).itemsize
     most = max(size, most)
@@ -290,106 +369,13 @@ def _parts(rows, features, classes, dtype, block_size):
     return part, min(size, part)
 
 
-def _gradients_elsewhere(step, block_size, is_whole, x, layer, shared, rows, cotangent):
-    (count, features), classes = x.shape, layer.weights.shape[1]
-    part, size = _parts(count, features, classes, x.dtype, block_size)
-    has_one_part = count <= part
-    dtype = arithmetic_dtype(x.dtype)
-    d_x_dtype = _gradient_dtype(x, x, is_whole.by_features)
-    d_w_dtype = _gradient_dtype(x, layer.weights, is_whole.by_weights)
-    layer = layer._replace(weights=layer.weights.astype(x.dtype))
-
-    # One buffer for all parts. It is not filled first: that would be a pass over it.
-    kept = None if size >= part else spread(jax.lax.empty((part, classes), x.dtype), varying(x))
-
-    def of_part(carry, start, length):
-        kept, total = carry
-        # A barrier, or the slice would be taken again inside each product, which then runs half as fast.
-        own = _apart(_block((x, rows, cotangent), start, length))
-        kept, unit, d_shared, results = _of_blocks(step, size, kept, layer, shared, *own)
-        d_z = kept[:length]
-        d_x = _scaled(unit, _product(d_z, layer.weights.T, d_x_dtype))
-        d_w = _scaled(unit, _product(own[0].T, d_z, d_w_dtype if has_one_part else dtype))
-        # As a product, in a tenth of a sum's time on a TPU; of several rows, or it is made a sum.
-        ones = jnp.ones((8, length), x.dtype)
-        d_b = None if layer.bias is None else _scaled(unit, _precisely(ones, d_z)[0])
-        sums = Affine(d_w, d_b), d_shared
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        return (kept if size < part else None, total), (*results, d_x)
-
-    if has_one_part:
-        (_, total), (costs, d_rows, d_x) = of_part((kept, None), 0, count)
-    else:
-        # Behind a barrier, or the sum would begin with a selection between it and 0, no longer in place.
-        zeros = _apart((_zeros_like(spread(layer, varying(x))), _zeros_like(shared)))
-        # The last part after the loop: its sum is rounded as it is formed.
-        looped = (count - 1) // part
-        carry, results = jax.lax.scan(
-            lambda carry, number: of_part(carry, number * part, part),
-            (None if kept is None else _apart(kept), zeros), jnp.arange(looped),
-        )  # fmt: skip
-        results = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
-        (_, total), last = of_part(carry, looped * part, count - looped * part)
-        costs, d_rows, d_x = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), results, last)
-    d_w = total[0].weights.astype(d_w_dtype)
-    return costs, (d_x, total[0]._replace(weights=d_w), total[1], d_rows)
+def _by_features_elsewhere(d_z, weights, unit, dtype):
+    return _scaled(unit, _product(d_z, weights.T, dtype))
 
 
-def _apart(tree):
-    """Each array behind a barrier of its own: one for all would have them vary alike on a mesh."""
-    return jax.tree.map(jax.lax.optimization_barrier, tree)
+def _plus_by_weights_elsewhere(total, x, d_z, unit, dtype):
+    product = _scaled(unit, _product(x.T, d_z, dtype))
+    return product if total is None else total + product
 
 
-def _scaled(unit, array):
-    # No factor, not even 1, may stand between a product and the sum that it is added to in place.
-    return array if isinstance(unit, int) else (unit * array).astype(array.dtype)
-
-
-def _zeros_like(tree):
-    """Zeros to add gradients to, in float32 or wider."""
-
-    def zeros(array):
-        dtype = arithmetic_dtype(jnp.result_type(array))
-        return spread(jnp.zeros(jnp.shape(array), dtype), varying(array))
-
-    return jax.tree.map(zeros, tree)
-
-
-def _precisely(a, b):
-    """Product in full precision, which others are not everywhere."""
-    dtype = arithmetic_dtype(b.dtype)
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
-
-
-def _of_blocks(step, size, kept, layer, shared, x, rows, cotangent):
-    """D of a part with its unit, the gradient by what is shared, and what each row has."""
-    count = x.shape[0]
-
-    def of_block(x, rows, cotangent):
-        costs, d_z, d_shared, d_rows = _pulled_back(step, _logits(x, layer), shared, rows, cotangent)
-        return _narrowed(d_z, x.dtype), d_shared, (costs, d_rows)
-
-    if kept is None:
-        (d_z, unit), d_shared, results = of_block(x, rows, cotangent)
-        return d_z, unit, d_shared, results
-
-    def block(carry, start, length):
-        kept, total = carry
-        # One block after the other: two at once would hold two blocks of logits.
-        x_own, *own = _block((x, rows, cotangent), start, length)
-        x_own, kept = jax.lax.optimization_barrier((x_own, kept))
-        (d_z, _), d_shared, results = of_block(x_own, *own)
-        kept = jax.lax.dynamic_update_slice_in_dim(kept, d_z, start, axis=0)
-        return (kept, jax.tree.map(jnp.add, total, d_shared)), results
-
-    size = min(size, count)
-    whole = count // size
-    carry, results = jax.lax.scan(
-        lambda carry, number: block(carry, number * size, size),
-        (kept, _zeros_like(shared)), jnp.arange(whole),
-    )  # fmt: skip
-    results = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
-    if count > whole * size:
-        carry, last = block(carry, whole * size, count - whole * size)
-        results = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), results, last)
-    return carry[0], 1, carry[1], results
+ACCELERATOR = _Way(_rows_elsewhere, False, True, _by_features_elsewhere, _plus_by_weights_elsewhere)

@@ -243,11 +243,11 @@ def _winner_elsewhere(axes, values):
 
 
 def _sums_on_cpu(axes, z, index):
-    m, low, unit = _references(axes, z)
+    own, m, low, unit = _references(axes, z, index)
     if z.shape[-1] < 100:
         # So few that a pass over the exponentials costs less than what leaves one out on the way.
         e = jnp.where(is_class(z, index), 0, jnp.exp(_settled(z, m) - low))
-        return _columns(axes, z, index, m, unit, jnp.sum(e, axis=-1, keepdims=True))
+        return m, own - m, unit * sum_over_classes(e, axes)
 
     def others(z, first, low, index):
         # The smaller of a distance and e_k: 0 for the class at index, e_k for all others.
@@ -256,22 +256,16 @@ def _sums_on_cpu(axes, z, index):
 
     sums = _reduce_row(jnp.sum, others, z, low, index)
     # In place of NaN, XLA's passes may take the distance.
-    return _columns(axes, z, index, m, unit, jnp.where(sums < 2.0**90, sums, jnp.nan))
+    return m, own - m, unit * total(jnp.where(sums < 2.0**90, sums, jnp.nan), axes)
 
 
 def _kept_on_cpu(axes, z, index):
     if z.dtype != arithmetic_dtype(z.dtype):
         # Narrow logits are narrower than their exponentials.
         return *_sums_on_cpu(axes, z, index), z
-    m, low, unit = _references(axes, z)
+    own, m, low, unit = _references(axes, z, index)
     e = _set_zero(jnp.exp(_settled(z, m) - low), index)
-    return *_columns(axes, z, index, m, unit, _reduce_row(jnp.sum, lambda e, _: e, e)), e
-
-
-def _columns(axes, z, index, m, unit, sums):
-    """The columns of `RowSums` from a device's maxima and sums."""
-    ahead = rounded(pick(_apart(z), index, axes).astype(m.dtype)) - m
-    return m, ahead, unit * total(sums, axes)
+    return m, own - m, unit * total(_reduce_row(jnp.sum, lambda e, _: e, e), axes), e
 
 
 def _reduce_row(reduce, terms, z, *columns):
@@ -323,13 +317,16 @@ def _scaled_on_cpu(axes, kept, maximum, factor):
     return factor * jnp.exp(_settled(kept, maximum) - maximum)
 
 
-def _references(axes, z):
-    """The maximum of each row, and where its exponentials are measured from, in which unit."""
+def _references(axes, z, index):
+    """The logit at `index`, the maximum, and where exponentials are measured from, in which unit."""
+    own = rounded(pick(_apart(z), index, axes).astype(arithmetic_dtype(z.dtype)))
     # The maximum may pass over NaN in long rows, or give −inf. The sums do not.
-    m = _reduce_row(jnp.max, lambda z, _: z, jax.lax.stop_gradient(z))
-    m = largest(m.astype(arithmetic_dtype(z.dtype)), axes)
+    fixed = jax.lax.stop_gradient(z)
+    m = largest(_reduce_row(jnp.max, lambda z, _: z, fixed).astype(own.dtype), axes)
+    # Of the logit as well: so it is read before the exponentials may take the logits' place.
+    m = jnp.maximum(m, jax.lax.stop_gradient(own))
     m = jnp.where(m == -jnp.inf, 0, m)
-    return m, *_lowered(axes, z, m)
+    return own, m, *_lowered(axes, z, m)
 
 
 def _lowered(axes, z, m):

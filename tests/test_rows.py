@@ -16,7 +16,7 @@ LANES = 1024
 
 
 def in_lanes(terms, start, join):
-    """The terms of each row joined as a device with so many lanes would: a chain each, then all of them."""
+    """The terms of each row joined as a device with so many lanes would: a chain each, then theirs."""
     spare = -terms[0].shape[-1] % LANES
     padded = [
         jnp.pad(term, [(0, 0)] * (term.ndim - 1) + [(0, spare)], constant_values=first)
