@@ -88,6 +88,13 @@ def sums_without(
 
 
 @partial(jax.jit, static_argnums=0)
+def sums_without_winner(axes: Axes, logits: Float[Array, "*batch classes"]) -> RowSums:
+    """The sums of each row without the first class with the largest logit; NaN as above."""
+    ways = partial(_winner_sums_on_cpu, axes), partial(_winner_sums_elsewhere, axes)
+    return RowSums(*by_processor(*ways, logits))
+
+
+@partial(jax.jit, static_argnums=0)
 def sums_and_kept(
     axes: Axes, logits: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]
 ) -> tuple[RowSums, Float[Array, "*batch classes"]]:
@@ -147,56 +154,30 @@ def pick(
 
 
 # Accelerators: one pass over the logits. A reduction carries the largest of the others, their sum
-# measured from it, and the class's own logit: nothing of the logits' size is stored, and no exponential
-# of the others underflows however far the class is ahead. The part with the smaller maximum is rescaled
-# when two are joined. Compiled for TPU v5e it takes half of the cycles of a maximum and a sum.
+# measured from it, and the class's own logit; or all that of the winner, and its number. Nothing of the
+# logits' size is stored, and no exponential of the others underflows however far the class is ahead. The
+# part with the smaller maximum is rescaled when two are joined. Compiled for TPU v5e it takes half of the
+# cycles of a maximum and a sum.
 
 
 def _sums_elsewhere(axes, z, index):
-    # The compiler for TPUs takes twenty times as long at, for one, 512 rows of 151,936 classes whole.
-    length = MOST_AT_ONCE if is_local() else z.shape[-1]
-    starts = range(0, z.shape[-1], length)
-    parts = (_one_pass(z[..., start : start + length], index - start) for start in starts)
-    of_others, others, own = reduce(_joined, parts)
+    def of_part(start, z):
+        number, dtype = index - start, arithmetic_dtype(z.dtype)
+        is_own, wide = is_class(z, number), jax.lax.stop_gradient(z).astype(dtype)
+        terms = (
+            jnp.where(is_own, -jnp.inf, wide),
+            jnp.where(is_own, 0, jnp.ones((), dtype)),
+            jnp.where(is_own, wide, 0),
+        )
+        return _differentiable(z, number, *_reduced(terms, _joined))
+
+    of_others, others, own = reduce(_joined, (of_part(*part) for part in _parts(z)))
     of_others, own = jax.lax.stop_gradient(of_others), total(own, axes)
     m = jnp.maximum(largest(of_others, axes), jax.lax.stop_gradient(own))
     m = jnp.where(m == -jnp.inf, 0, m)
     # By its root twice: the product may be representable where the exponential is not.
     root = jnp.exp((of_others - m) / 2)
     return m, own - m, total(others * root * root, axes)
-
-
-MOST_AT_ONCE = 2**17  # classes
-
-
-def _kept_elsewhere(axes, z, index):
-    return *_sums_elsewhere(axes, z, index), z
-
-
-def _scaled_elsewhere(kept, maximum, factor):
-    return factor * jnp.exp(rounded(kept.astype(maximum.dtype)) - maximum)
-
-
-@jax.custom_jvp
-def _one_pass(z, index):
-    dtype = arithmetic_dtype(z.dtype)
-    is_own = is_class(z, index)
-    z = z.astype(dtype)
-    terms = (
-        jnp.where(is_own, -jnp.inf, z),
-        jnp.where(is_own, 0, jnp.ones((), dtype)),
-        jnp.where(is_own, z, 0),
-    )
-    start = jnp.asarray(-jnp.inf, dtype), jnp.zeros((), dtype), jnp.zeros((), dtype)
-    joined = reduce_rows(terms, start, _joined)
-    return tuple(jnp.expand_dims(each, -1) for each in joined)
-
-
-def reduce_rows(
-    terms: tuple[Array, ...], start: tuple[Array, ...], join: Callable[..., tuple[Array, ...]]
-) -> tuple[Array, ...]:
-    """The terms of each row joined to one, in whatever order the device likes."""
-    return tuple(jax.lax.reduce(terms, start, join, (terms[0].ndim - 1,)))
 
 
 def _joined(a, b):
@@ -210,12 +191,73 @@ def _joined(a, b):
     return m, larger + smaller * rescale, own_a + own_b
 
 
-@_one_pass.defjvp
-def _one_pass_jvp(primals, tangents):
+def _winner_sums_elsewhere(axes, z):
+    def of_part(start, z):
+        wide = jax.lax.stop_gradient(z).astype(arithmetic_dtype(z.dtype))
+        m, rest, number = _reduced((wide, jnp.zeros_like(wide), class_numbers(z)), _won)
+        found = _differentiable(z, number, m, rest / UNIT, m)
+        return number + start + first_class(z, axes), *found
+
+    parts = [of_part(*part) for part in _parts(z)]
+    m = largest(reduce(jnp.maximum, (m for _, m, _, _ in parts)), axes)
+    last = class_count(z, axes) - 1
+    numbers = (jnp.where(m_part == m, number, last) for number, m_part, _, _ in parts)
+    winner = smallest(reduce(jnp.minimum, numbers), axes)
+    m = jnp.where(m == -jnp.inf, 0, m)
+    own, others = 0, 0
+    for number, m_part, rest, own_part in parts:
+        is_winner = number == winner
+        own += jnp.where(is_winner, own_part, 0)
+        # A part may have nothing but −inf, and −inf − (−inf) is NaN.
+        its_own = jnp.exp(jnp.where(m_part == -jnp.inf, 0, own_part - m_part))
+        root = jnp.exp((m_part - m) / 2)
+        others += root * (root * (rest + jnp.where(is_winner, 0, its_own)))
+    return winner - first_class(z, axes), m, total(own, axes) - m, total(others, axes)
+
+
+def _won(a, b):
+    """Two parts of a row in one: the larger maximum, the sum of all others, the winner's number."""
+    (m_a, rest_a, i_a), (m_b, rest_b, i_b) = a, b
+    m, low = jnp.maximum(m_a, m_b), jnp.minimum(m_a, m_b)
+    is_first = (m_a > m_b) | ((m_a == m_b) & (i_a < i_b))
+    of_winner, of_loser = jnp.where(is_first, rest_a, rest_b), jnp.where(is_first, rest_b, rest_a)
+    root = jnp.where(low == -jnp.inf, 0, jnp.exp((low - m) / 2))
+    return m, of_winner + (UNIT + of_loser) * root * root, jnp.where(is_first, i_a, i_b)
+
+
+UNIT = 2.0**100  # So much is an exponential of 1, far from the smallest numbers.
+
+
+def _parts(z):
+    """The first class of each part of the rows that is reduced at once, and the part."""
+    # The compiler for TPUs takes twenty times as long at, for one, 512 rows of 151,936 classes whole.
+    length = MOST_AT_ONCE if is_local() else z.shape[-1]
+    return [(start, z[..., start : start + length]) for start in range(0, z.shape[-1], length)]
+
+
+MOST_AT_ONCE = 2**17  # classes
+
+
+def _reduced(terms, join):
+    """The terms of each row joined to one, in whatever order the device likes; the first are maxima."""
+    start = [jnp.zeros((), term.dtype) for term in terms]
+    start[0] = jnp.asarray(-jnp.inf, terms[0].dtype)
+    joined = jax.lax.reduce(terms, tuple(start), join, (terms[0].ndim - 1,))
+    return tuple(jnp.expand_dims(each, -1) for each in joined)
+
+
+@jax.custom_jvp
+def _differentiable(z, index, m, others, own):
+    """What was reduced from z, differentiable by it."""
+    del z, index
+    return m, others, own
+
+
+@_differentiable.defjvp
+def _differentiable_jvp(primals, tangents):
     # The maximum is held fixed, so d Σ e_k = Σ e_k dz_k.
-    (z, index), (d_z, _) = primals, tangents
-    m, others, own = _one_pass(z, index)
-    fixed = jax.lax.stop_gradient(jnp.where(m == -jnp.inf, 0, m))
+    (z, index, m, others, own), (d_z, *_) = primals, tangents
+    fixed = jnp.where(m == -jnp.inf, 0, m)
     is_own, d_z = is_class(z, index), d_z.astype(m.dtype)
     e = jnp.where(is_own, 0, jnp.exp(rounded(z.astype(m.dtype)) - fixed))
     d_others = jnp.sum(e * d_z, axis=-1, keepdims=True)
@@ -223,14 +265,21 @@ def _one_pass_jvp(primals, tangents):
     return (m, others, own), (jnp.zeros_like(m), d_others, d_own)
 
 
+def _kept_elsewhere(axes, z, index):
+    return *_sums_elsewhere(axes, z, index), z
+
+
+def _scaled_elsewhere(kept, maximum, factor):
+    return factor * jnp.exp(rounded(kept.astype(maximum.dtype)) - maximum)
+
+
 def _winner_elsewhere(axes, values):
-    number = jnp.argmax(values, axis=-1, keepdims=True).astype(jnp.int32)
+    number = jnp.argmax(values, axis=-1, keepdims=True).astype(jnp.int32) + first_class(values, axes)
     if not axes:
         return number
     of_device = jnp.max(values, axis=-1, keepdims=True)
     is_here = of_device == largest(of_device, axes)
-    last = class_count(values, axes) - 1
-    return smallest(jnp.where(is_here, number + first_class(values, axes), last), axes)
+    return smallest(jnp.where(is_here, number, class_count(values, axes) - 1), axes)
 
 
 # CPUs: a pass each for the maximum, the sum, and the winner. XLA runs a reduction, and what it reduces,
@@ -257,6 +306,11 @@ def _sums_on_cpu(axes, z, index):
     sums = _reduce_row(jnp.sum, others, z, low, index)
     # In place of NaN, XLA's passes may take the distance.
     return m, own - m, unit * total(jnp.where(sums < 2.0**90, sums, jnp.nan), axes)
+
+
+def _winner_sums_on_cpu(axes, z):
+    number = _winner_on_cpu(axes, jax.lax.stop_gradient(z)) - first_class(z, axes)
+    return number, *_sums_on_cpu(axes, z, number)
 
 
 def _kept_on_cpu(axes, z, index):

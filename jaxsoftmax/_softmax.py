@@ -17,7 +17,7 @@ from ._rows import (
     rounded,
     sum_of_all_but,
     sum_over_classes,
-    sums_without,
+    sums_without_winner,
     winner,
 )
 
@@ -182,8 +182,7 @@ class Row(NamedTuple):
 
 def row_of(axes: Axes, logits: Float[Array, "*batch classes"]) -> Row:
     """The logits with their sums, exact for every class; NaN where there is no distribution."""
-    index = winner(axes, logits) - first_class(logits, axes)
-    return Row(logits, sums_without(axes, logits, index))
+    return Row(logits, sums_without_winner(axes, logits))
 
 
 @jax.custom_jvp

@@ -15,16 +15,21 @@ from jaxsoftmax import _blocks, _rows
 LANES = 1024
 
 
-def in_lanes(terms, start, join):
+REDUCE = jax.lax.reduce
+
+
+def in_lanes(terms, start, join, axes):
     """The terms of each row joined as a device with so many lanes would: a chain each, then theirs."""
+    if not isinstance(terms, tuple):
+        return REDUCE(terms, start, join, axes)
     spare = -terms[0].shape[-1] % LANES
     padded = [
         jnp.pad(term, [(0, 0)] * (term.ndim - 1) + [(0, spare)], constant_values=first)
         for term, first in zip(terms, start, strict=True)
     ]
-    folded = [term.reshape(*term.shape[:-1], -1, LANES) for term in padded]
-    chains = jax.lax.reduce(tuple(folded), start, join, (folded[0].ndim - 2,))
-    return tuple(jax.lax.reduce(tuple(chains), start, join, (chains[0].ndim - 1,)))
+    folded = tuple(term.reshape(*term.shape[:-1], -1, LANES) for term in padded)
+    chains = REDUCE(folded, start, join, (folded[0].ndim - 2,))
+    return tuple(REDUCE(tuple(chains), start, join, (chains[0].ndim - 1,)))
 
 
 @pytest.fixture(params=["one chain", "lanes"])
@@ -33,7 +38,7 @@ def elsewhere(request, monkeypatch):
     for module in (_rows, _blocks):
         monkeypatch.setattr(module, "by_processor", lambda _, other, *arguments: other(*arguments))
     if request.param == "lanes":
-        monkeypatch.setattr(_rows, "reduce_rows", in_lanes)
+        monkeypatch.setattr(jax.lax, "reduce", in_lanes)
     jax.clear_caches()
     yield request.param
     jax.clear_caches()
@@ -87,6 +92,27 @@ def test_the_edges(elsewhere):
     assert (float(cost), float(gradient[0, 0])) == (0, 0)
 
 
+def test_classes_spread_over_devices(elsewhere):
+    del elsewhere
+    z = jax.random.normal(jax.random.key(0), (5, 24)) * 30
+    z = z.at[1, 3].set(-jnp.inf).at[2, 20].set(jnp.nan).at[3].set(-jnp.inf).at[4].set(7)
+    # A device may have nothing but −inf.
+    z = z.at[0, :6].set(-jnp.inf)
+    y = jax.nn.one_hot(jnp.array([7, 0, 1, 2, 23]), 24)
+    mesh = jax.make_mesh((4,), ("c",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.PartitionSpec(None, "c")
+
+    def results(z, y, **axis):
+        cost = js.log_likelihood_cost(z, y, reduction="none", **axis)
+        return js.softmax(z, **axis), js.log_softmax(z, **axis), jnp.broadcast_to(cost[:, None], z.shape)
+
+    spread = jax.shard_map(
+        partial(results, class_axis="c"), mesh=mesh, in_specs=(place, place), out_specs=(place,) * 3
+    )
+    for found, expected in zip(jax.jit(spread)(z, y), (results(z, y)), strict=True):
+        assert_close(found, expected, ulps=4)
+
+
 def test_softmax_and_second_derivatives(elsewhere):
     del elsewhere
     z = jnp.asarray(np.random.default_rng(1).normal(size=(3, 6)) * 4, jnp.float32)
@@ -96,6 +122,12 @@ def test_softmax_and_second_derivatives(elsewhere):
     for label in (jnp.array(1), jax.nn.one_hot(1, 6)):
         hessian = jax.jit(jax.hessian(lambda z: js.log_likelihood_cost(z, label)))(z[0])  # noqa: B023
         assert_close(hessian, oracle.softmax_jacobian(exact[:1])[0], ulps=16)
+    z = jax.random.normal(jax.random.key(2), (3, 3000)).at[1, 5].set(60).at[2].set(0)
+    with jax.enable_x64(True):
+        exact = np.asarray(z, np.float64)
+    assert_relative(js.softmax(z), oracle.softmax(exact), eps_multiple=8)
+    assert_relative(js.log_softmax(z), oracle.log_softmax(exact), eps_multiple=8)
+    z = z[:, :6]
     plain = js.without_custom_rules(js.log_likelihood_cost)
     _, slope = jax.jvp(lambda z: plain(z, jnp.array([1, 2, 3])), (z,), (jnp.ones_like(z),))
     assert abs(slope) < 1e-6
