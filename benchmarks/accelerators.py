@@ -1,12 +1,16 @@
-"""What the compiler for TPUs makes of the cost and the head: no device is needed.
+"""What the compilers for TPUs and for GPUs make of the cost and the head: no device is needed.
 
 Compiles for TPU v5e, v6e and v5p (extra `accelerators`, Linux x86-64, Python 3.12 or newer) and prints
-the compiler's own estimate of cycles, the bytes of temporaries and how deep loops stand in loops. These
-figures are compiled, not measured. On a machine with an accelerator the head is also timed on it.
-Saves accelerators.md beside this file. Arguments name the chips, all if there are none.
+the compiler's own estimate of cycles, the bytes of temporaries and how deep loops stand in loops. Where
+JAX's plugin for CUDA is installed instead, does so for an H100, of which the compiler tells no time:
+there it counts the kernels that are launched, and the bytes that they read and write of the dense cost,
+in passes over the logits. These figures are compiled, not measured. On a machine with an accelerator the
+head is also timed on it. Replaces in accelerators.md, beside this file, the section of each target given:
+v5e, v6e, v5p, mesh and h100; of all whose compiler is installed if none is given.
 """
 
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -17,6 +21,10 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+if importlib.util.find_spec("jax_cuda13_plugin") and not os.path.exists("/dev/nvidia0"):
+    # Without a device, nothing can be tuned on it.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +36,23 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as js
 
+# NVIDIA's public figures of the card, as the compiler wants them.
+H100 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 fpus_per_core: 128
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 device_memory_size: 84942979072 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  device_vendor: "NVIDIA Corporation" name: "NVIDIA H100 80GB HBM3" driver_version: "13.0.0"
+  runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+"""
 TPUS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5:2x2x1"}
-MESH = {"v5e 4 x 4": "v5e:4x4"}
+CUDA_PLUGINS = ["jax_cuda13_plugin", "jax_cuda12_plugin"]
 DENSE = [
     (8192, 1000, "float32"),
     (8192, 32768, "float32"),
@@ -49,7 +72,7 @@ HERE = Path(__file__).parent
 class Figures(NamedTuple):
     """What a compiler says of a program."""
 
-    cycles: float  # its estimate; NaN of a GPU's
+    cycles: float  # its estimate for a TPU; of a GPU the launches
     temporary: float  # bytes
     depth: int  # of the loops
     text: str
@@ -75,24 +98,59 @@ def trips(found: dict[str, list[str]], loop: str) -> int:
     return max((int(n) for line in lines for n in re.findall(r"constant\((\d+)\)", line)), default=1)
 
 
-def estimate(text: str) -> tuple[float, int]:
-    """The cycles of all instructions, as often as loops run them, and how deep loops stand in loops."""
+def counted(text: str, weight: Callable[[str], float]) -> tuple[float, int]:
+    """The weights of all instructions, as often as loops run them, and how deep loops stand in loops."""
     found, entry = computations(text)
 
     def of(name):
-        cycles, depth = 0.0, 0
+        sum_, depth = 0.0, 0
         for line in found.get(name, []):
-            if own := re.search(r'"estimated_cycles":"(\d+)"', line):
-                cycles += int(own[1])
+            sum_ += weight(line)
             if body := re.search(r" while\(.*body=%?([\w.\-]+)", line):
                 inner, below = of(body[1])
-                cycles, depth = cycles + inner * trips(found, line), max(depth, below + 1)
+                sum_, depth = sum_ + inner * trips(found, line), max(depth, below + 1)
             if called := re.search(r" call\(.*to_apply=%?([\w.\-]+)", line):
                 inner, below = of(called[1])
-                cycles, depth = cycles + inner, max(depth, below)
-        return cycles, depth
+                sum_, depth = sum_ + inner, max(depth, below)
+        return sum_, depth
 
     return of(entry)
+
+
+def cycles(line: str) -> float:
+    """What the compiler for TPUs says of an instruction."""
+    known = re.search(r'"estimated_cycles":"(\d+)"', line)
+    return int(known[1]) if known else 0
+
+
+def is_launched(line: str) -> bool:
+    """Whether a GPU starts a kernel for an instruction."""
+    name = re.search(r"(fusion|custom-call|copy|reduce|sort|scatter|dot|convolution)\(", line)
+    return bool(name) and "AllocateBuffer" not in line
+
+
+def bytes_moved(text: str) -> float:
+    """What a GPU's kernels read and write, of a program without loops that takes no slices."""
+    size = {"f32": 4, "s32": 4, "bf16": 2, "s8": 0}  # s8 is room to work in.
+
+    types = dict(re.findall(r"^ +(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) [\w\-]+\(", text, re.MULTILINE))
+
+    def arrays(name):
+        """The elements and the bytes of an element of each array with this name."""
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", types.get(name, "")):
+            yield math.prod(map(int, re.findall(r"\d+", shape))), size.get(dtype, 1)
+
+    def of(line):
+        if not is_launched(line) or re.search(r"calls=%\w*scatter", line):  # In place.
+            return 0
+        # The result and the operands; what it calls has no type here. A loop reads no more of an operand
+        # than it has results: where a row's logit is picked, one.
+        result, *operands = dict.fromkeys(re.findall(r"%([\w.\-]+)", line))
+        most = max(n for n, _ in arrays(result)) if "kind=kLoop" in line else math.inf
+        read = (min(n, most) * bytes_ for name in operands for n, bytes_ in arrays(name))
+        return sum(read) + sum(n * bytes_ for n, bytes_ in arrays(result))
+
+    return counted(text, of)[0]
 
 
 def shapes(*arrays: tuple[tuple[int, ...], str], place: Any) -> list[jax.ShapeDtypeStruct]:
@@ -102,10 +160,13 @@ def shapes(*arrays: tuple[tuple[int, ...], str], place: Any) -> list[jax.ShapeDt
 
 def figures(function: Callable[..., Any], arguments: list[Any]) -> Figures:
     """Compiles for the devices that the arguments' shardings name."""
-    compiled = jax.jit(function).lower(*arguments).compile()
+    is_gpu = next(iter(arguments[0].sharding.device_set)).platform == "gpu"
+    # Every product a call of cuBLAS: Triton's would not be tuned without a device.
+    options: dict[str, str | bool] | None = {"xla_gpu_enable_triton_gemm": False} if is_gpu else None
+    compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
     text, analysis = compiled.as_text() or "", compiled.memory_analysis()
-    cycles, depth = estimate(text)
-    return Figures(cycles or np.nan, analysis.temp_size_in_bytes if analysis else np.nan, depth, text)
+    count, depth = counted(text, is_launched if is_gpu else cycles)
+    return Figures(count or np.nan, analysis.temp_size_in_bytes if analysis else np.nan, depth, text)
 
 
 def optax_cost(z: jax.Array, labels: jax.Array) -> jax.Array:
@@ -177,39 +238,48 @@ def head_cases(rows: int) -> Iterator[tuple[str, Callable[..., Any]]]:
             yield "tokamax", partial(jax.value_and_grad, argnums=(0, 1))(in_tokamax)
 
 
-def row(name: str, function: Callable[..., Any], arguments: list[Any], floor: float) -> tuple[str, float]:
-    """A line of a table, and the cycles in it."""
-    try:
-        found = figures(function, arguments)
-    except Exception as error:  # A peer may not compile for it, or not fit.
-        return f"| {name} | {type(error).__name__} | | | |", floor
-    over = found.cycles / floor if floor else 1
-    cells = f"{found.cycles / 1e6:.2f} | {over:.2f} | {found.temporary / 1e6:.1f} | {found.depth}"
-    return f"| {name} | {cells} |", found.cycles
+Cases = Iterator[tuple[str, Callable[..., Any]]]
 
 
-def table(title: str, cases: Iterator[tuple[str, Callable[..., Any]]], arguments: list[Any]) -> list[str]:
-    """All cases on these arguments; ratios to the first."""
+def table(title: str, cases: Cases, arguments: list[Any], logits: float = 0) -> list[str]:
+    """All cases on these arguments; `logits` are the bytes of one pass over the dense cost's on a GPU."""
+    is_gpu = next(iter(arguments[0].sharding.device_set)).platform == "gpu"
+    columns = ["launches", "passes" if logits else ""] if is_gpu else ["Mcycles", "over the first"]
     lines = [
         "",
         title,
         "",
-        "| | Mcycles | over the first | temporary MB | loops deep |",
+        f"| | {' | '.join(columns)} | temporary MB | loops deep |",
         "|---|---|---|---|---|",
     ]
     floor = 0.0
     for name, function in cases:
-        line, cycles = row(name, function, arguments, floor)
-        floor = floor or cycles
-        lines.append(line)
-        print(line, flush=True)
+        try:
+            found = figures(function, arguments)
+        except Exception as error:  # A peer may not compile for it, or not fit.
+            lines.append(f"| {name} | {type(error).__name__} | | | |")
+        else:
+            floor = floor or found.cycles
+            if is_gpu:
+                passes = f"{bytes_moved(found.text) / logits:.2f}" if logits else ""
+                cells = f"{found.cycles:.0f} | {passes}"
+            else:
+                cells = f"{found.cycles / 1e6:.2f} | {found.cycles / floor:.2f}"
+            lines.append(f"| {name} | {cells} | {found.temporary / 1e6:.1f} | {found.depth} |")
+        print(lines[-1], flush=True)
     return lines
 
 
-def on_mesh(target: str) -> list[str]:
+def on_mesh() -> list[str]:
     """The head over rows, classes and both on sixteen chips."""
-    devices = topologies.get_topology_desc(target, platform="tpu").devices
-    lines: list[str] = []
+    devices = topologies.get_topology_desc("v5e:4x4", platform="tpu").devices
+    lines = [
+        "",
+        "TPU v5e 4 x 4: head with bias, features 32768 x 4096, 128256 classes, by rows, classes, both",
+        "",
+        "| by | Mcycles | temporary MB | loops deep | between devices |",
+        "|---|---|---|---|---|",
+    ]
     for by, shape, axes in (("rows", (16, 1), "ab"), ("classes", (1, 16), "ab"), ("both", (4, 4), "ab")):
         mesh = jax.sharding.Mesh(
             np.array(devices).reshape(shape),
@@ -263,38 +333,45 @@ def measured() -> list[str]:
     return lines
 
 
+def on_one_device(name: str) -> list[str]:
+    """Dense costs and heads for one device of a kind."""
+    if name == "h100":
+        topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    else:
+        topology = topologies.get_topology_desc(TPUS[name], platform="tpu")
+    shaped = partial(shapes, place=jax.sharding.SingleDeviceSharding(topology.devices[0]))
+    lines: list[str] = []
+    for rows, classes, dtype in DENSE:
+        arguments = shaped(((rows, classes), dtype), ((rows,), "int32"))
+        logits = rows * classes * jnp.dtype(dtype).itemsize
+        lines += table(f"{name}: logits {rows} x {classes}, {dtype}", dense_cases(), arguments, logits)
+    for rows, features, classes in HEADS:
+        sizes = (rows, features), (features, classes), (classes,)
+        arguments = shaped(*((size, "bfloat16") for size in sizes), ((rows,), "int32"))
+        title = f"{name}: features {rows} x {features}, {classes} classes, bfloat16"
+        lines += table(title, head_cases(rows), arguments)
+    return lines
+
+
 def main() -> None:
     """Compiles, prints and saves."""
-    lines = [
-        f"JAX {jax.__version__}. Compiled, not measured: what the compiler estimates for one core, "
-        "1.5 cycles a nanosecond on v5e, 1.75 on v6e and v5p. Ratios are to the first row of each table.",
-    ]
-    for chip in sys.argv[1:] or TPUS:
-        target = TPUS[chip]
-        device = topologies.get_topology_desc(target, platform="tpu").devices[0]
-        shaped = partial(shapes, place=jax.sharding.SingleDeviceSharding(device))
-        for rows, classes, dtype in DENSE:
-            arguments = shaped(((rows, classes), dtype), ((rows,), "int32"))
-            lines += table(f"TPU {chip}: logits {rows} x {classes}, {dtype}", dense_cases(), arguments)
-        for rows, features, classes in HEADS:
-            layer = (
-                ((rows, features), "bfloat16"),
-                ((features, classes), "bfloat16"),
-                ((classes,), "bfloat16"),
-            )
-            title = f"TPU {chip}: features {rows} x {features}, {classes} classes, bfloat16"
-            lines += table(title, head_cases(rows), shaped(*layer, ((rows,), "int32")))
-    for name, target in MESH.items():
-        lines += [
-            "",
-            f"TPU {name}: head with bias, features 32768 x 4096, 128256 classes, by rows, classes, both",
-            "",
-            "| by | Mcycles | temporary MB | loops deep | between devices |",
-            "|---|---|---|---|---|",
-            *on_mesh(target),
-        ]
-    lines += measured()
-    (HERE / "accelerators.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file = HERE / "accelerators.md"
+    tpu, cuda = (any(map(importlib.util.find_spec, names)) for names in (["libtpu"], CUDA_PLUGINS))
+    names = sys.argv[1:] or [*([*TPUS, "mesh"] if tpu else []), *(["h100"] if cuda else [])]
+    known = re.split(r"^(?=Target \w+,)", file.read_text("utf-8"), flags=re.MULTILINE)[1:]
+    sections = {section.split()[1].rstrip(","): section for section in known}
+    for name in names:
+        print(f"\n{name}")
+        lines = on_mesh() if name == "mesh" else on_one_device(name)
+        sections[name] = "\n".join([f"Target {name}, JAX {jax.__version__}:", *lines, "", ""])
+    about = (
+        "Compiled, not measured. Cycles are what the compiler for TPUs estimates for one core: 1.5 in a "
+        "nanosecond on v5e, 1.75 on v6e and v5p; ratios are to the first row of each table. Of the H100 "
+        "launches of kernels are counted, and what they read and write, in passes over the logits.\n\n"
+    )
+    if lines := measured():
+        sections["measured"] = "\n".join([f"Target measured, JAX {jax.__version__}:", *lines, "", ""])
+    file.write_text((about + "".join(sections.values())).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -181,6 +181,7 @@ class _Way(NamedTuple):
     rows: Callable[[int, int], int]  # In a block; of rows and classes.
     is_first_apart: bool  # Of the blocks, or the last.
     keeps: bool  # D of several blocks, which are a part then.
+    ones: int  # Rows of ones whose product with D is a sum; a TPU makes a sum of a product of one.
     by_features: Callable[..., Array]  # unit D wᵀ; of D, w, unit, dtype
     plus_by_weights: Callable[..., Array]  # total + unit xᵀ D; of total or None, x, D, unit, dtype
 
@@ -202,8 +203,8 @@ def _gradients(way, step, block_size, is_whole, x, layer, shared, rows, cotangen
         d_z = kept[:length]
         d_x = way.by_features(d_z, layer.weights, unit, d_x_dtype)
         d_w = way.plus_by_weights(total and total[0].weights, own[0], d_z, unit, sum_dtype)
-        # As a product, in a tenth of a sum's time on a TPU; of several rows, or it is made a sum.
-        ones = jnp.ones((8, length), x.dtype)
+        # As a product: a sum takes several times as long on a CPU, and ten times on a TPU.
+        ones = jnp.ones((way.ones, length), x.dtype)
         d_b = None if layer.bias is None else _scaled(unit, _precisely(ones, d_z)[0])
         if total:
             d_b, d_shared = jax.tree.map(jnp.add, (total[0].bias, total[1]), (d_b, d_shared))
@@ -281,7 +282,7 @@ def _rows_on_cpu(rows, classes):
     """Rows in a block: enough to keep the products busy, few enough to keep the logits small."""
     if rows * classes <= ONE_BLOCK:
         return max(1, rows)
-    return max(64, min(-(-rows // 5), 128), min(-(-rows // 8), 2**24 // classes))
+    return min(max(64, min(-(-rows // 5), 128), -(-rows // 8)), max(1, 2**24 // classes))
 
 
 def _by_features_on_cpu(d_z, weights, unit, dtype):
@@ -309,7 +310,7 @@ def _plus_by_weights_on_cpu(total, x, d_z, unit, dtype):
     return jax.lax.fori_loop(0, -(-classes // width), add, total)
 
 
-CPU = _Way(_rows_on_cpu, True, False, _by_features_on_cpu, _plus_by_weights_on_cpu)
+CPU = _Way(_rows_on_cpu, True, False, 1, _by_features_on_cpu, _plus_by_weights_on_cpu)
 
 
 def _logits_on_cpu(x, layer):
@@ -351,7 +352,8 @@ _turned.defvjp(_turned_fwd, _turned_bwd)
 
 def _rows_elsewhere(rows, classes):
     """Rows in a block: about 2²⁶ logits, in multiples of what a matrix unit takes at once."""
-    return min(max(1, rows), max(128, 256 * round(2**18 / classes)))
+    most = 256 * round(2**18 / classes) or min(128, max(1, 2**26 // classes))
+    return min(max(1, rows), most)
 
 
 def _sizes(way, rows, features, classes, dtype, block_size):
@@ -378,4 +380,4 @@ def _plus_by_weights_elsewhere(total, x, d_z, unit, dtype):
     return product if total is None else total + product
 
 
-ACCELERATOR = _Way(_rows_elsewhere, False, True, _by_features_elsewhere, _plus_by_weights_elsewhere)
+ACCELERATOR = _Way(_rows_elsewhere, False, True, 8, _by_features_elsewhere, _plus_by_weights_elsewhere)

@@ -96,11 +96,12 @@ def linear_log_likelihood_cost(
         class_axis: As `batch_axis` for the columns of `weights`, and with them bias, class weights and
             probability labels. Their number must divide evenly: pad, and give `num_classes`.
         block_size: How many rows of logits are held at once, at most. The default, None, depends on
-            where the program runs. On a CPU it is an eighth of the rows, or as many as make 2²⁴ logits
-            if they are fewer; but at least 128, or a fifth of the rows if that is less, and at least
-            64. Elsewhere it is as many as make about 2²⁶ logits, 2²⁷ where that is all there are for
-            one product. Up to 2²⁰ logits are one block everywhere. Beyond its results the gradient
-            takes about one such block in float32 on a CPU, two with `num_classes`. Elsewhere it takes
+            where the program runs. On a CPU it is an eighth of the rows, but at least 128, or a fifth of
+            the rows if that is less, and at least 64; and never more than make 2²⁴ logits. Elsewhere it
+            is as many as make about 2²⁶ logits, 2²⁷ where that is all there are for one product. Up to
+            2²⁰ logits are one block everywhere. Beyond its results the gradient takes memory for about
+            two such blocks in float32 on a CPU, three with smoothing or narrow features, up to seven with
+            all options or probability labels, and weights of bfloat16 once in float32. Elsewhere it takes
             two, and the logits' gradient of up to 2 D rows for D bfloat16 features (D rows for float32)
             in the features' dtype; for more rows also the weights' gradient once in float32. On a mesh,
             rows and logits are those of one device.
