@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._checks import arithmetic_dtype
+from ._checks import arithmetic_dtype, known_size
 from ._mesh import spread, varying
 from ._rows import by_processor
 
@@ -33,8 +33,9 @@ class Affine(NamedTuple):
 Step = Callable[[Array, Any, Any], Any]
 
 
-def fits_one_block(rows: int, classes: int, block_size: int | None) -> bool:
+def fits_one_block(rows: Any, classes: Any, block_size: int | None) -> bool:
     """Whether all rows are one block, of the size given or by themselves."""
+    rows = known_size(rows)
     return rows * classes <= ONE_BLOCK if block_size is None else rows <= block_size
 
 
@@ -66,7 +67,7 @@ def for_each_row(
     of_block = jax.checkpoint(of_block) if recompute else of_block
 
     def blocks(way, x, layer, shared, rows):
-        size = block_size or way.rows(x.shape[0], layer.weights.shape[1])
+        size = block_size or way.rows(known_size(x.shape[0]), layer.weights.shape[1])
         block = lambda _, __, own: (None, of_block(layer, shared, *own))  # noqa: E731
         return _in_turn(block, None, (x, rows), size, way.is_first_apart)[1]
 
@@ -144,9 +145,9 @@ def _in_turn(step, carry, rows, size, is_first_apart):
     A loop, and the first block or the last, which may be shorter, apart.
     """
     count = jax.tree.leaves(rows)[0].shape[0]
-    looped = max(0, count - 1) // size
-    if not looped:
+    if known_size(count) <= size:
         return step(carry, 0, rows)
+    looped = (count - 1) // size
     others = count - looped * size
     # No loop for one round: XLA on the CPU cannot run narrow products from one that it has unrolled.
     scan = partial(jax.lax.scan, xs=jnp.arange(looped), unroll=looped == 1)
@@ -188,10 +189,11 @@ class _Way(NamedTuple):
 
 def _gradients(way, step, block_size, is_whole, x, layer, shared, rows, cotangent):
     (count, features), classes = x.shape, layer.weights.shape[1]
-    part, size = _sizes(way, count, features, classes, x.dtype, block_size)
+    part, size = _sizes(way, known_size(count), features, classes, x.dtype, block_size)
     d_x_dtype = _gradient_dtype(x, x, is_whole.by_features)
     d_w_dtype = _gradient_dtype(x, layer.weights, is_whole.by_weights)
-    sum_dtype = d_w_dtype if count <= part else arithmetic_dtype(x.dtype)
+    has_one_part = known_size(count) <= part
+    sum_dtype = d_w_dtype if has_one_part else arithmetic_dtype(x.dtype)
     layer = layer._replace(weights=layer.weights.astype(x.dtype))
 
     def of_part(carry, _, own):
@@ -213,7 +215,7 @@ def _gradients(way, step, block_size, is_whole, x, layer, shared, rows, cotangen
     # One buffer for all parts. It is not filled first: that would be a pass over it.
     kept = None if size >= part else spread(jax.lax.empty((part, classes), x.dtype), varying(x))
     total = None
-    if count > part and not way.is_first_apart:
+    if not (has_one_part or way.is_first_apart):
         # Behind a barrier, or the sum would begin with a selection between it and 0, no longer in place.
         total = _zeros_like(spread(layer, varying(x))), _zeros_like(shared)
         kept, total = _apart((kept, total))
@@ -317,7 +319,7 @@ def _logits_on_cpu(x, layer):
     """The logits, to be differentiated as they stand."""
     # Not for more classes, which would have the larger gradient copied.
     weights = layer.weights.astype(x.dtype)
-    product = _product(x, _turned(weights) if x.shape[0] >= 8 * weights.shape[1] else weights)
+    product = _product(x, _turned(weights) if known_size(x.shape[0]) >= 8 * weights.shape[1] else weights)
     if layer.bias is None:
         return product
     # As a product, whose gradient is one too: XLA on the CPU sums rows several times as slowly.
@@ -359,12 +361,12 @@ def _rows_elsewhere(rows, classes):
 def _sizes(way, rows, features, classes, dtype, block_size):
     """Rows in a part, and rows in a block of it."""
     size = block_size or way.rows(rows, classes)
-    if not way.keeps:
+    if not way.keeps or rows == 0:
         return size, size
     # D in the features' dtype against the accumulator in four bytes. A block with a unit is a part.
     most = 0 if _has_units(dtype) else 4 * features // jnp.dtype(dtype).itemsize
     most = max(size, most)
-    part = -(-rows // -(-rows // most)) if rows else 1
+    part = -(-rows // -(-rows // most))
     part = min(-(-part // 128) * 128, most) if part > 128 else part
     if block_size is None and part * classes <= 2**27:
         size = part

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, Num
 
 FloatArray = Float[Array, "..."] | Float[np.ndarray, "..."]
-LabelArray = Integer[Array, "..."] | Integer[np.ndarray, "..."] | int | np.integer | FloatArray
+Labels = Integer[Array, "..."] | Integer[np.ndarray, "..."] | int | np.integer | FloatArray
+LabelArray = Labels | list[Any] | tuple[Any, ...]
 MaskArray = Bool[Array, "..."] | Bool[np.ndarray, "..."]
 WeightArray = Num[Array, "..."] | Num[np.ndarray, "..."] | MaskArray
 
@@ -46,7 +47,7 @@ def as_logits(logits: ArrayLike, axis: int) -> tuple[Array, int]:
         raise ValueError(
             f"logits must have at least one class, got shape {array.shape} with none along axis {axis}"
         )
-    if array.shape[axis] > MOST_CLASSES:
+    if known_size(array.shape[axis]) > MOST_CLASSES:
         raise ValueError(
             f"logits may have {MOST_CLASSES} classes at most, which float32 can still number one by one, "
             f"got {array.shape[axis]}"
@@ -54,12 +55,17 @@ def as_logits(logits: ArrayLike, axis: int) -> tuple[Array, int]:
     return array, axis
 
 
+def known_size(size: Any, otherwise: int = 0) -> int:
+    """The size, or `otherwise` for a symbolic one of `jax.export`."""
+    return size if isinstance(size, int) else otherwise
+
+
 def arithmetic_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
     """The dtype to compute in: float32 for anything narrower, `dtype` itself otherwise."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def as_where(where: ArrayLike, shape: tuple[int, ...]) -> Array:
+def as_where(where: ArrayLike, shape: tuple[Any, ...]) -> Array:
     """The mask of the classes that exist, in the logits' full shape."""
     mask = jnp.asarray(where)
     if mask.dtype != jnp.bool_:
@@ -71,11 +77,11 @@ def as_where(where: ArrayLike, shape: tuple[int, ...]) -> Array:
 
 
 def as_labels(
-    labels: ArrayLike,
-    shape: tuple[int, ...],
+    labels: ArrayLike | list[Any] | tuple[Any, ...],
+    shape: tuple[Any, ...],
     axis: int,
     weight: ArrayLike | None,
-    num_classes: int | None = None,
+    num_classes: Any = None,
 ) -> Array:
     """Labels for logits of `shape`: int32 (*batch), −1 for one that names no class, or probabilities.
 
@@ -96,10 +102,17 @@ def as_labels(
         _check_range(labels, classes, weight)
         return _as_index(array, classes)
     if jnp.issubdtype(array.dtype, jnp.floating):
-        if array.shape != shape:
+        # One row may stand for all examples, but one number not for all classes.
+        given = array.shape
+        try:
+            fits = given[axis - len(shape)] == shape[axis]
+            array = jnp.broadcast_to(array, shape)
+        except (IndexError, ValueError):
+            fits = False
+        if not fits:
             raise ValueError(
-                f"probability labels must have the logits' shape {shape}, got {array.shape}: "
-                "pass integer labels to name one class per example"
+                f"probability labels must have the logits' shape {shape}, or that of one row for all "
+                f"examples, got {given}: pass integer labels to name one class per example"
             )
         return jnp.moveaxis(array, axis, -1)
     raise TypeError(
@@ -108,7 +121,7 @@ def as_labels(
     )
 
 
-def _check_range(labels: ArrayLike, classes: int, weight: ArrayLike | None) -> None:
+def _check_range(labels: Any, classes: Any, weight: ArrayLike | None) -> None:
     if not (is_known(labels) and (weight is None or is_known(weight))):
         return
     known = np.asarray(labels)
@@ -117,38 +130,41 @@ def _check_range(labels: ArrayLike, classes: int, weight: ArrayLike | None) -> N
     if known.size and not (0 <= known.min() and known.max() < classes):
         raise ValueError(
             f"labels must be in [0, {classes}) for {classes} classes, got {known.min()} to "
-            f"{known.max()}: give examples to leave out a sample_weight of 0"
+            f"{known.max()}. To leave an example out, set its sample_weight to 0"
         )
 
 
 @partial(jax.jit, static_argnums=1)
-def _as_index(labels: Array, classes: int) -> Array:
+def _as_index(labels: Array, classes: Any) -> Array:
     # Compared before any narrowing cast: a label beyond int32 must not wrap round to a class.
     labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
     exists = (labels >= 0) & (labels < classes)
     return jnp.where(exists, labels, -1).astype(jnp.int32)
 
 
-def is_known(value: ArrayLike) -> bool:
+def is_known(value: Any) -> bool:
     """Whether the numbers can be read here and now, without waiting for another machine."""
-    if isinstance(value, Tracer):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
         return False
     return not isinstance(value, jax.Array) or value.is_fully_addressable
 
 
-def as_weights(sample_weight: ArrayLike, batch: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
+def as_weights(sample_weight: ArrayLike, batch: tuple[Any, ...], dtype: jax.typing.DTypeLike) -> Array:
     """`sample_weight` broadcast to one number for each example; a bool mask becomes 0 and 1."""
     array = jnp.asarray(sample_weight)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"sample_weight must be real numbers or a bool mask, got {array.dtype}")
     if array.shape != batch:
+        extra = [i for i, size in enumerate(array.shape) if size == 1]
+        drop = next((i for i in extra if array.shape[:i] + array.shape[i + 1 :] == batch), None)
+        hint = "" if drop is None else f": drop axis {drop}, for example with jnp.squeeze(v, {drop})"
         raise ValueError(
-            f"sample_weight must have shape {batch}, one for each example, got {array.shape}"
+            f"sample_weight must have shape {batch}, one for each example, got {array.shape}{hint}"
         )
     return array.astype(dtype)
 
 
-def as_class_weight(class_weight: ArrayLike, classes: int, dtype: jax.typing.DTypeLike) -> Array:
+def as_class_weight(class_weight: ArrayLike, classes: Any, dtype: jax.typing.DTypeLike) -> Array:
     """`class_weight` as one number for each class."""
     array = jnp.asarray(class_weight)
     if array.shape != (classes,):
@@ -180,11 +196,20 @@ def as_number(
     return float(value) if isinstance(value, int | float) else array.astype(dtype)
 
 
-def as_normalizer(reduction: str, normalizer: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """What "mean" divides by, if it is given."""
+def as_normalizer(
+    reduction: str, normalizer: Any, sample_weight: Any, dtype: jax.typing.DTypeLike
+) -> Any:
+    """What "mean" divides by, if it is given; else the sum of the weights must be of use for it."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if normalizer is None:
+        if reduction == "mean" and sample_weight is not None and is_known(sample_weight):
+            known = np.asarray(sample_weight, np.float64)
+            if np.any(known < 0) and np.sum(known) <= 0:
+                raise ValueError(
+                    f"the mean divides by the sum of the sample weights, which is {np.sum(known):.6g}, "
+                    "as some are negative: set normalizer, for example to the number of examples"
+                )
         return None
     if reduction != "mean":
         raise ValueError(f"normalizer goes with reduction 'mean', got {reduction!r}")

@@ -84,12 +84,14 @@ def log_likelihood_cost(
     Args:
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
         labels: Integers (*batch), the class of each example; or floating-point probabilities of the
-            logits' shape.
+            logits' shape, or of a shape with fewer or shorter batch axes that broadcasts to it.
         axis: The class axis.
         where: The classes that exist, a bool mask broadcastable to `logits`; all if None. A class that
             does not counts as one with logit −inf, and takes no share of the smoothing.
         sample_weight: v, a number for each example (*batch), or a bool mask. An example of weight 0
-            counts for nothing, whatever it holds: NaN, infinity, or a label that names no class.
+            counts for nothing, whatever it holds: NaN, infinity, or a label that names no class. With
+            negative ones, such as advantages, set `normalizer` to the number of examples: the mean
+            would divide by their sum.
         class_weight: w, a number for each class (classes,). Without it an example weighs v, also
             where its probabilities do not sum to 1.
         label_smoothing: α from 0 to 1, spread over the K classes that exist.
@@ -112,9 +114,14 @@ def log_likelihood_cost(
     Raises:
         TypeError: If logits, labels, mask or weights have the wrong kind of dtype (bool labels
             included).
-        ValueError: If shapes do not fit, an option is out of its range, or an integer label known
-            outside jit is not in [0, classes). Under jit such a label gives NaN, in the example's cost
-            and in its gradient, which the float checks of `jax.experimental.checkify` report.
+        ValueError: If shapes do not fit, an option is out of its range, weights known outside jit, some
+            of them negative, do not add up to more than 0 for "mean", or an integer label known outside
+            jit is not in [0, classes). Under jit such a label gives NaN, in the example's cost and in its
+            gradient, which the float checks of `jax.experimental.checkify` report.
+
+    Note:
+        Second derivatives work as forward over reverse: `jax.jvp` of `jax.grad`, `jax.hessian`. Forward
+        mode alone (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) wants `without_custom_rules(cost)`.
 
     Example:
         >>> logits = jnp.log(jnp.array([0.1, 0.2, 0.25, 0.4, 0.05]))
@@ -131,7 +138,7 @@ def log_likelihood_cost(
     dtype = arithmetic_dtype(z.dtype)
     options = as_options(class_weight, label_smoothing, z_loss, z.shape[axis], dtype)
     exists = None if where is None else as_where(where, z.shape)
-    normalizer = as_normalizer(reduction, normalizer, dtype)
+    normalizer = as_normalizer(reduction, normalizer, sample_weight, dtype)
     return _log_likelihood((axes, axis, reduction), z, labels, v, options, exists, normalizer)
 
 
@@ -168,6 +175,9 @@ def quadratic_cost(
         TypeError: As for `log_likelihood_cost`.
         ValueError: As for `log_likelihood_cost`.
 
+    Note:
+        Forward mode and second derivatives: as for `log_likelihood_cost`.
+
     Example:
         >>> wrong_and_saturated = jnp.array([20.0, 0.0])
         >>> jax.grad(quadratic_cost)(wrong_and_saturated, 1)
@@ -177,7 +187,7 @@ def quadratic_cost(
         Nielsen (2015), "Neural Networks and Deep Learning", chapter 3, on the learning slowdown.
     """
     z, axis, labels, v, axes = _as_examples(logits, labels, axis, sample_weight, class_axis)
-    as_normalizer(reduction, None, z.dtype)
+    as_normalizer(reduction, None, sample_weight, z.dtype)
     return _quadratics((axes, axis, reduction), z, labels, v)
 
 
@@ -223,7 +233,7 @@ class Options(NamedTuple):
 
 
 def as_options(
-    class_weight: Any, label_smoothing: Any, z_loss: Any, classes: int, dtype: jax.typing.DTypeLike
+    class_weight: Any, label_smoothing: Any, z_loss: Any, classes: Any, dtype: jax.typing.DTypeLike
 ) -> Options:
     """The options of a cost over so many classes, checked, in the dtype to compute in."""
     return Options(
@@ -282,7 +292,7 @@ def total_weight(
     v: Float[Array, "*batch"] | None,
     w: Float[Array, " classes"] | None = None,
     axes: Axes = (),
-) -> Array | int:
+) -> Any:
     """What all examples together weigh in the mean: Σ_n v Σ_k w_k y_k."""
     if w is not None:
         weight = _class_weight(_as_targets(labels, v, w.dtype), w, axes)
@@ -363,7 +373,7 @@ def _weighted(weight, cost):
 
 def reduced(
     cost: Float[Array, "*batch"],
-    weight: Array | int,
+    weight: Any,
     reduction: str,
     normalizer: Any,
 ) -> Float[Array, "..."]:

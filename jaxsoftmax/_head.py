@@ -26,6 +26,7 @@ from ._checks import (
     as_number,
     as_weights,
     is_known,
+    known_size,
 )
 from ._cost import Options, Reduction, as_options, example_costs, reduced, total_weight
 from ._mesh import (
@@ -104,7 +105,8 @@ def linear_log_likelihood_cost(
             all options or probability labels, and weights of bfloat16 once in float32. Elsewhere it takes
             two, and the logits' gradient of up to 2 D rows for D bfloat16 features (D rows for float32)
             in the features' dtype; for more rows also the weights' gradient once in float32. On a mesh,
-            rows and logits are those of one device.
+            rows and logits are those of one device. A symbolic number of rows, as of `jax.export`, is
+            one block.
 
     Returns:
         Cost in nats, float32 (float64 for float64 features): a scalar, or (*batch) for "none". It is
@@ -124,6 +126,8 @@ def linear_log_likelihood_cost(
             and gradient.
 
     Note:
+        Forward mode and second derivatives: as for `log_likelihood_cost`.
+
         Under `jax.vmap` with shared weights the examples share the weights' gradient too: larger ones
         take four products then, in float32 at least, and the block is one of each example. With a jit,
         scan or checkpoint between vmap and this call, it cannot know, and examples of several blocks,
@@ -146,7 +150,7 @@ def linear_log_likelihood_cost(
     v = None if sample_weight is None else as_weights(sample_weight, batch, dtype)
     labels = as_labels(labels, (*batch, classes), len(batch), sample_weight, plan.num_classes)
     options = as_options(class_weight, label_smoothing, z_loss, classes, dtype)
-    normalizer = as_normalizer(reduction, normalizer, dtype)
+    normalizer = as_normalizer(reduction, normalizer, sample_weight, dtype)
     cost = partial(_cost, plan, reduction, places.batch_axes)
     place = P() if reduction in ("mean", "sum") else places.batch
     arguments = x, _Rows(labels, v), layer, settings._replace(options=options), normalizer
@@ -258,7 +262,7 @@ def _as_layer(features, weights, bias, softcap, num_classes, batch_axis, class_a
         )
     places = places_of(x, w, batch_axis, class_axis)
     classes = class_count(w, () if places.is_outside else places.class_axes)
-    if classes > MOST_CLASSES:
+    if known_size(classes) > MOST_CLASSES:
         raise ValueError(f"weights may have {MOST_CLASSES} classes at most, got {classes}")
     b = None if bias is None else as_floats("bias", bias)
     if b is not None and b.shape != w.shape[1:]:

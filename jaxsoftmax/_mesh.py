@@ -69,7 +69,7 @@ def summed_like(gradient: Array, primal: ArrayLike) -> Array:
     return spread(jax.lax.psum(gradient, axes), varying(primal))
 
 
-def total(values: Array | int, axes: Axes) -> Any:
+def total(values: Any, axes: Axes) -> Any:
     """The sum over all devices along the axes."""
     return jax.lax.psum(values, axes) if axes else values
 
@@ -84,8 +84,8 @@ def smallest(values: Array, axes: Axes) -> Array:
     return jax.lax.pmin(values, axes) if axes else values
 
 
-def class_count(values: Float[Array, "*batch classes"], axes: Axes) -> int:
-    """How many classes there are on all devices."""
+def class_count(values: Float[Array, "*batch classes"], axes: Axes) -> Any:
+    """How many classes there are on all devices: a number, symbolic for a symbolic shape."""
     return values.shape[-1] * device_count(axes)
 
 

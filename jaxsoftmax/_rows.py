@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from ._checks import arithmetic_dtype
+from ._checks import MOST_CLASSES, arithmetic_dtype, known_size
 from ._mesh import (
     Axes,
     class_count,
@@ -231,8 +231,11 @@ UNIT = 2.0**100  # So much is an exponential of 1, far from the smallest numbers
 def _parts(z):
     """The first class of each part of the rows that is reduced at once, and the part."""
     # The compiler for TPUs takes twenty times as long at, for one, 512 rows of 151,936 classes whole.
-    length = MOST_AT_ONCE if is_local() else z.shape[-1]
-    return [(start, z[..., start : start + length]) for start in range(0, z.shape[-1], length)]
+    classes = known_size(z.shape[-1])
+    if not is_local() or classes <= MOST_AT_ONCE:
+        return [(0, z)]
+    starts = range(0, classes, MOST_AT_ONCE)
+    return [(start, z[..., start : start + MOST_AT_ONCE]) for start in starts]
 
 
 MOST_AT_ONCE = 2**17  # classes
@@ -293,7 +296,7 @@ def _winner_elsewhere(axes, values):
 
 def _sums_on_cpu(axes, z, index):
     own, m, low, unit = _references(axes, z, index)
-    if z.shape[-1] < 100:
+    if known_size(z.shape[-1]) < 100:
         # So few that a pass over the exponentials costs less than what leaves one out on the way.
         e = jnp.where(is_class(z, index), 0, jnp.exp(_settled(z, m) - low))
         return m, own - m, unit * sum_over_classes(e, axes)
@@ -329,7 +332,7 @@ def _reduce_row(reduce, terms, z, *columns):
     a fifth of the time of one at 131,072 classes.
     """
     *batch, classes = z.shape
-    length = 0 if is_sharded(z) or classes <= 4096 else _part_length(classes)
+    length = 0 if is_sharded(z) or known_size(classes) <= 4096 else _part_length(classes)
     if not length:
         row, *columns = (z, *columns) if z.dtype.itemsize >= 4 else _barrier((z, *columns))
         return reduce(terms(row, 0, *columns), axis=-1, keepdims=True)
@@ -389,7 +392,7 @@ def _lowered(axes, z, m):
     It is ln K below m: K exponentials that are too small for the dtype may add up to one that is not. Or
     more, up to the next power of two, from which on differences are rounded to twice as much.
     """
-    classes = class_count(z, axes)
+    classes = known_size(class_count(z, axes), MOST_CLASSES)
     if classes <= 10:
         return m, 1
     low = m - (2 ** math.ceil(math.log2(math.log(classes) + 1)) - 1)
@@ -413,7 +416,7 @@ def _settled(z, m):
     Copies are stored in such loops, so large arrays are spared what they do not need.
     """
     z = _apart(z).astype(m.dtype)
-    return rounded(z) if z.size < 2**12 or z.dtype == jnp.float64 else z
+    return rounded(z) if known_size(z.size) < 2**12 or z.dtype == jnp.float64 else z
 
 
 def _winner_on_cpu(axes, values):

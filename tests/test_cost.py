@@ -363,7 +363,7 @@ def test_errors_say_what_to_do(cost):
         cost(logits, jnp.array([0, 1, 2]))
     with pytest.raises(ValueError, match="for one-hot labels use a floating-point dtype"):
         cost(logits, jnp.ones((2, 3), jnp.int32))
-    with pytest.raises(ValueError, match=r"logits' shape \(2, 3\), got \(2,\): pass integer labels"):
+    with pytest.raises(ValueError, match=r"logits' shape \(2, 3\), .* got \(2,\): pass integer labels"):
         cost(logits, jnp.array([0.0, 1.0]))
     with pytest.raises(ValueError, match="'mean', 'sum' or 'none', got 'average'"):
         cost(logits, labels, reduction="average")

@@ -1,0 +1,108 @@
+"""What people met with: public bug reports, other projects' tests, the settings that people have."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import assert_close, assert_norms_close
+from jax import export
+
+import jaxsoftmax as js
+
+LOGITS = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32) * 3
+LABELS = [0, 3, 1]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda a: [np.int32(each) for each in a], np.array])
+@pytest.mark.parametrize("cost", [js.log_likelihood_cost, js.quadratic_cost])
+def test_labels_may_be_a_list_inside_jit(cost, kind):
+    labels = kind(LABELS)
+    assert_close(jax.jit(lambda z: cost(z, labels))(LOGITS), cost(LOGITS, jnp.array(LABELS)), ulps=2)
+    # Of numbers that are not known yet, too.
+    traced = jax.jit(lambda z, a: cost(z, [a, 3, a + 1]))(LOGITS, jnp.int32(0))
+    assert_close(traced, cost(LOGITS, jnp.array(LABELS)), ulps=2)
+    with pytest.raises(ValueError, match=r"got 0 to 4\. .* set its sample_weight to 0"):
+        jax.jit(lambda z: cost(z, kind([0, 4, 1])))(LOGITS)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3b11fnuz])
+def test_logits_of_one_byte_may_be_masked(dtype):
+    z, where = jnp.array([[1.0, 2, 3], [0, -1, 4]]).astype(dtype), jnp.array([True, True, False])
+    exact, _ = oracle.many_classes(np.asarray(z.astype(jnp.float32), np.float64)[:, :2], 0)
+    assert_close(js.log_likelihood_cost(z, jnp.array([0, 0]), where=where), exact.mean(), ulps=4)
+    gradient = jax.grad(lambda z: js.log_likelihood_cost(z, jnp.array([0, 0]), where=where))(z)
+    assert gradient.dtype == dtype
+    assert not gradient[:, 2].astype(jnp.float32).any()
+    assert gradient.astype(jnp.float32)[0, 0] < 0
+
+
+def test_one_row_of_probabilities_for_all_examples():
+    row = jnp.array([0.1, 0.2, 0.3, 0.4])
+    for labels in (row, row[None]):
+        expected = js.log_likelihood_cost(LOGITS, jnp.broadcast_to(row, (3, 4)))
+        assert_close(js.log_likelihood_cost(LOGITS, labels), expected, ulps=2)
+    gradient = jax.grad(js.log_likelihood_cost, argnums=1)(LOGITS, row)
+    whole = jax.grad(js.log_likelihood_cost, argnums=1)(LOGITS, jnp.broadcast_to(row, (3, 4)))
+    assert_close(gradient, whole.sum(0), ulps=4)
+    along_first = js.log_likelihood_cost(LOGITS.T, row[:, None], axis=0)
+    assert_close(along_first, js.log_likelihood_cost(LOGITS, row), ulps=2)
+    # One number for all classes would be a label that names a class, in the wrong dtype.
+    for labels in (jnp.float32(1), jnp.ones((3, 1)), jnp.ones(3)):
+        with pytest.raises(ValueError, match="one row for all examples"):
+            js.log_likelihood_cost(LOGITS, labels)
+
+
+def test_negative_weights_want_a_normalizer():
+    advantages = jnp.array([1.0, -1.0, -0.05])
+    costs = js.log_likelihood_cost(LOGITS, jnp.array(LABELS), reduction="none")
+    for cost in (js.log_likelihood_cost, js.quadratic_cost):
+        with pytest.raises(ValueError, match=r"sum of the sample weights, which is -0\.05.*normalizer"):
+            cost(LOGITS, jnp.array(LABELS), sample_weight=advantages)
+    x, w = jnp.eye(3), jnp.asarray(LOGITS)
+    with pytest.raises(ValueError, match="set normalizer"):
+        js.linear_log_likelihood_cost(x, w, None, jnp.array(LABELS), sample_weight=advantages)
+    for cost, arguments in (
+        (js.log_likelihood_cost, (w,)),
+        (js.linear_log_likelihood_cost, (x, w, None)),
+    ):
+        mean = cost(*arguments, jnp.array(LABELS), sample_weight=advantages, normalizer=3)
+        assert_close(mean, np.sum(np.asarray(costs) * np.asarray(advantages)) / 3, ulps=8)
+    # Weights that add up to more than 0 are what they were.
+    js.log_likelihood_cost(LOGITS, jnp.array(LABELS), sample_weight=-advantages)
+
+
+def test_a_weight_with_an_axis_too_many():
+    with pytest.raises(ValueError, match=r"got \(3, 1\): drop axis 1"):
+        js.log_likelihood_cost(LOGITS, jnp.array(LABELS), sample_weight=jnp.ones((3, 1)))
+    with pytest.raises(ValueError, match=r"got \(2,\)$"):
+        js.log_likelihood_cost(LOGITS, jnp.array(LABELS), sample_weight=jnp.ones(2))
+
+
+def test_exports_with_symbolic_shapes():
+    n, k = export.symbolic_shape("n, k")
+
+    def check(function, arguments, *shapes):
+        specs = [jax.ShapeDtypeStruct(shape, a.dtype) for shape, a in zip(shapes, arguments, strict=True)]
+        found = export.export(jax.jit(function))(*specs).call(*arguments)
+        assert_norms_close(found, jax.jit(function)(*arguments), 1e-5)
+
+    for classes in (4, 200):
+        z = jax.random.normal(jax.random.key(0), (5, classes))
+        labels = jnp.arange(5) % classes
+        check(js.softmax, (z,), (n, k))
+        check(jax.value_and_grad(js.log_likelihood_cost), (z, labels), (n, k), (n,))
+        check(
+            lambda z, y: js.log_likelihood_cost(z, y, label_smoothing=0.1),
+            (z, js.softmax(z)),
+            *[(n, k)] * 2,
+        )
+    x, w = jax.random.normal(jax.random.key(1), (5, 3)), jax.random.normal(jax.random.key(2), (3, 7))
+    for block_size in (None, 2):
+
+        def head(x, w, labels, block_size=block_size):
+            return js.linear_log_likelihood_cost(x, w, None, labels, block_size=block_size)
+
+        arguments = x, w, jnp.arange(5)
+        check(jax.value_and_grad(head, (0, 1)), arguments, (n, 3), (3, 7), (n,))
+        check(lambda x, w: js.head_statistics(x, w, None).entropy, arguments[:2], (n, 3), (3, 7))
