@@ -250,10 +250,12 @@ def example_costs(
     options: Options,
     exists: Array | None,
     axes: Axes = (),
+    in_place: bool = False,
 ) -> Float[Array, "*batch"]:
     """What each example costs, its sample weight v included.
 
     `exists` tells, for (classes) or (*batch, classes), which classes do; z must be −inf for the others.
+    In place, the gradient by logits that nothing else uses is to take no memory beside theirs.
     """
     w, alpha, zeta = options
     dtype = arithmetic_dtype(z.dtype)
@@ -267,7 +269,7 @@ def example_costs(
         q = labels if smoothed is None else smoothed[0] * labels + smoothed[1]
         cost, m, log_sum = _target_cost(axes, z, q if w is None else w * q)
     else:
-        cost, m, log_sum = _label_cost(axes, z, labels)
+        cost, m, log_sum = _label_cost((axes, in_place), z, labels)
     m = jax.lax.stop_gradient(m)
     if v is not None:
         ignored = (v == 0) & ~jnp.isfinite(cost + log_sum)
@@ -439,7 +441,8 @@ def _if_named(labels, sums):
 #     −ln a_y = ln (1 + o / e_y)          which loses nothing where the label leads, and
 #             = (m − z_y) + ln (o + e_y)  where it does not, and e_y may be too small to divide by.
 @custom_vjp_static_first
-def _label_cost(axes, logits, labels):
+def _label_cost(plan, logits, labels):
+    axes, _ = plan
     sums = sums_without(axes, logits, _number(labels, logits, axes))
     return _from_sums(_if_named(labels, sums))
 
@@ -449,15 +452,17 @@ class _LabelResiduals(NamedTuple):
     sums: RowSums
 
 
-def _label_cost_fwd(axes, logits, labels):
-    sums, kept = sums_and_kept(axes, logits, _number(labels, logits, axes))
+def _label_cost_fwd(plan, logits, labels):
+    axes, in_place = plan
+    sums, kept = sums_and_kept(axes, in_place, logits, _number(labels, logits, axes))
     sums = _if_named(labels, sums)
     return _from_sums(sums), _LabelResiduals(kept, sums)
 
 
 # ∂C/∂z_j = a_j − δ_jy, which is e_j / (o + e_y) for j ≠ y and −o / (o + e_y) for the label;
 # m is held fixed, so ∂ ln Σ_k e_k/∂z_j = a_j.
-def _label_cost_bwd(axes, residuals, cotangents):
+def _label_cost_bwd(plan, residuals, cotangents):
+    axes, _ = plan
     kept, sums = residuals
     d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
     at_label = d_log_sum * share(sums.own, sums.others) - d_cost * share(sums.others, sums.own)

@@ -101,8 +101,8 @@ def linear_log_likelihood_cost(
             the rows if that is less, and at least 64; and never more than make 2²⁴ logits. Elsewhere it
             is as many as make about 2²⁶ logits, 2²⁷ where that is all there are for one product. Up to
             2²⁰ logits are one block everywhere. Beyond its results the gradient takes memory for about
-            two such blocks in float32 on a CPU, three with smoothing or narrow features, up to seven with
-            all options or probability labels, and weights of bfloat16 once in float32. Elsewhere it takes
+            one such block in float32 on a CPU, two with smoothing or narrow features, up to six with all
+            options or probability labels, and weights of bfloat16 once in float32. Elsewhere it takes
             two, and the logits' gradient of up to 2 D rows for D bfloat16 features (D rows for float32)
             in the features' dtype; for more rows also the weights' gradient once in float32. On a mesh,
             rows and logits are those of one device. A symbolic number of rows, as of `jax.export`, is
@@ -362,7 +362,9 @@ def _costs(plan, z, settings, rows):
     """The cost of each row of logits."""
     exists = _existing(plan, z)
     z = _masked(exists, _capped(settings, z))
-    return example_costs(z, rows.labels, rows.sample_weight, settings.options, exists, plan.axes)
+    return example_costs(
+        z, rows.labels, rows.sample_weight, settings.options, exists, plan.axes, in_place=True
+    )
 
 
 def _capped(settings, z):
