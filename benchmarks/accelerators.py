@@ -52,7 +52,6 @@ H100 = """gpu_device_info {
 platform_name: "CUDA"
 """
 TPUS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5:2x2x1"}
-CUDA_PLUGINS = ["jax_cuda13_plugin", "jax_cuda12_plugin"]
 DENSE = [
     (8192, 1000, "float32"),
     (8192, 32768, "float32"),
@@ -356,8 +355,9 @@ def on_one_device(name: str) -> list[str]:
 def main() -> None:
     """Compiles, prints and saves."""
     file = HERE / "accelerators.md"
-    tpu, cuda = (any(map(importlib.util.find_spec, names)) for names in (["libtpu"], CUDA_PLUGINS))
-    names = sys.argv[1:] or [*([*TPUS, "mesh"] if tpu else []), *(["h100"] if cuda else [])]
+    tpus = [*TPUS, "mesh"] if importlib.util.find_spec("libtpu") else []
+    gpus = ["h100"] if importlib.util.find_spec("jax_cuda13_plugin") else []
+    names = sys.argv[1:] or [*tpus, *gpus]
     known = re.split(r"^(?=Target \w+,)", file.read_text("utf-8"), flags=re.MULTILINE)[1:]
     sections = {section.split()[1].rstrip(","): section for section in known}
     for name in names:
