@@ -99,14 +99,14 @@ def linear_log_likelihood_cost(
         block_size: How many rows of logits are held at once, at most. The default, None, depends on
             where the program runs. On a CPU it is an eighth of the rows, but at least 128, or a fifth of
             the rows if that is less, and at least 64; and never more than make 2²⁴ logits. Elsewhere it
-            is as many as make about 2²⁶ logits, 2²⁷ where that is all there are for one product. Up to
-            2²⁰ logits are one block everywhere. Beyond its results the gradient takes memory for about
-            one such block in float32 on a CPU, two with smoothing or narrow features, up to six with all
-            options or probability labels, and weights of bfloat16 once in float32. Elsewhere it takes
-            two, and the logits' gradient of up to 2 D rows for D bfloat16 features (D rows for float32)
-            in the features' dtype; for more rows also the weights' gradient once in float32. On a mesh,
-            rows and logits are those of one device. A symbolic number of rows, as of `jax.export`, is
-            one block.
+            is as many as make about 2²⁶ logits, 2²⁷ where that is all there are for one product; for a
+            value alone at most 512 from 16,384 classes on. Up to 2²⁰ logits are one block everywhere.
+            Beyond its results the gradient takes memory for about one such block in float32 on a CPU,
+            two with smoothing or narrow features, up to six with all options or probability labels, and
+            weights of bfloat16 once in float32. Elsewhere it takes two, and the logits' gradient of up
+            to 2 D rows for D bfloat16 features (D rows for float32) in the features' dtype; for more
+            rows also the weights' gradient once in float32. On a mesh, rows and logits are those of one
+            device. A symbolic number of rows, as of `jax.export`, is one block.
 
     Returns:
         Cost in nats, float32 (float64 for float64 features): a scalar, or (*batch) for "none". It is
