@@ -1,5 +1,6 @@
 """One contract, run over every differentiable function of logits."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -78,10 +79,18 @@ def value_and_gradient(case, logits, cotangent):
     return value, pull_back(cotangent)[0]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
-@pytest.mark.parametrize("scale", SCALES)
-def test_value_and_vjp_are_the_oracles(case, scale, dtype):
-    for shape in SHAPES:
+@pytest.mark.parametrize(
+    ("dtype", "shapes"),
+    [
+        (jnp.float64, SHAPES),
+        (jnp.float32, SHAPES),
+        (jnp.bfloat16, SHAPES[::2]),
+        (jnp.float16, SHAPES[1::2]),
+    ],
+    ids=["float64", "float32", "bfloat16", "float16"],
+)
+def test_value_and_vjp_are_the_oracles(case, dtype, shapes):
+    for shape, scale in itertools.product(shapes, SCALES):
         with jax.enable_x64(dtype == jnp.float64):
             logits = random_logits(shape, scale, dtype)
             exact_logits = np.asarray(logits, np.float64)

@@ -55,15 +55,6 @@ def test_digits_learns_and_its_gradients_agree(example, tmp_path, capsys):
     assert "test accuracy     97" in capsys.readouterr().out
 
 
-def test_digits_gives_the_same_result_for_the_same_seed(example, tmp_path, monkeypatch):
-    digits = example("digits")
-    monkeypatch.setattr(digits, "gradient_four_ways", lambda *_: {"left out": {"here": 0.0}})
-    options = ["--epochs", "2", "--hidden", "16", "--output", str(tmp_path / "a.png")]
-    first, again, other = (digits.main([*options, *more]) for more in ([], [], ["--seed", "1"]))
-    assert first.history == again.history
-    assert first.history != other.history
-
-
 def without_simulated_devices():
     return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
@@ -80,6 +71,12 @@ def digits(example, monkeypatch):
     return module
 
 
+def test_digits_gives_the_same_result_for_the_same_seed(digits):
+    first, again, other = (digits.main([*SMALL, "--epochs", "2", "--seed", seed]) for seed in "001")
+    assert first.history == again.history
+    assert first.history != other.history
+
+
 def assert_same_run(actual, expected):
     assert actual.history == expected.history
     for a, b in zip(jax.tree.leaves(actual.network), jax.tree.leaves(expected.network), strict=True):
@@ -94,7 +91,7 @@ def test_digits_ends_with_the_same_bits_however_often_it_is_killed(digits, tmp_p
         patch.setenv("PYTHONPATH", str(EXAMPLES))
         starter = multiprocessing.get_context("forkserver")
         starter.set_forkserver_preload(["digits", "jax"])
-        moments = np.random.default_rng().uniform(0, 2, 10)
+        moments = np.random.default_rng().uniform(0, 2, 5)
         for moment in moments:
             process = starter.Process(target=digits.main, args=([*options, "--checkpoint", str(folder)],))
             process.start()

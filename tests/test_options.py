@@ -45,12 +45,18 @@ def ours(logits, labels, options):
     )
 
 
-@pytest.mark.parametrize("options", COMBINATIONS, ids=lambda options: "+".join(options) or "none")
+# The mean of each combination, and by turns the sum and every example's own cost.
+REDUCED = [
+    (options, reduction)
+    for number, options in enumerate(COMBINATIONS)
+    for reduction in ("mean", ("sum", "none")[number % 2])
+    if reduction == "mean" or "normalizer" not in options
+]
+
+
+@pytest.mark.parametrize(("options", "reduction"), REDUCED, ids=lambda x: "+".join(x) or "none")
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_value_and_every_gradient_are_the_oracles(options, soft, reduction):
-    if reduction != "mean" and "normalizer" in options:
-        options = {name: value for name, value in options.items() if name != "normalizer"}
     y = PROBABILITIES if soft else np.eye(5)[LABELS]
     arguments = {"z": Z, "y": y, "reduction": reduction, **options}
     expected = oracle.complete_cost(**arguments)
@@ -67,15 +73,16 @@ def test_value_and_every_gradient_are_the_oracles(options, soft, reduction):
         z, labels = given.pop("z"), given.pop("y")
         return ours(z, labels if soft else LABELS, given)
 
+    @jax.jit
+    def value_and_gradient(values, cotangent):
+        value, pull_back = jax.vjp(function, values)
+        return value, pull_back(cotangent)[0]
+
     with jax.enable_x64(True):
         values = {name: jnp.asarray(arguments[name], jnp.float64) for name in floats}
-        for f in (function, jax.jit(function)):
-            value, pull_back = jax.vjp(f, values)
-            assert_close(value, expected, ulps=32)
-            (gradient,) = pull_back(jnp.asarray(cotangent, jnp.float64))
-            assert_close(
-                [gradient[name] for name in floats], tuple(truth[name] for name in floats), ulps=64
-            )
+        value, gradient = value_and_gradient(values, jnp.asarray(cotangent, jnp.float64))
+        assert_close(value, expected, ulps=32)
+        assert_close([gradient[name] for name in floats], tuple(truth[name] for name in floats), ulps=64)
 
 
 @pytest.mark.parametrize("soft", [False, True])

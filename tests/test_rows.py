@@ -139,7 +139,6 @@ def test_softmax_and_second_derivatives(elsewhere):
         ("mean", True, (23, 3, 9), jnp.float32, 2),  # parts of 3 rows, in blocks
         ("none", False, (24, 30, 9), jnp.float32, 5),  # one part
         ("none", True, (300, 70, 40), jnp.bfloat16, 64),  # parts of several blocks, the last shorter
-        ("mean", False, (300, 70, 40), jnp.bfloat16, 64),
         ("none", False, (300, 70, 40), jnp.float16, 64),
     ],
 )

@@ -1,7 +1,6 @@
 """On a mesh of devices every function means what it means on one, and moves no logits."""
 
 import itertools
-import os
 import re
 from functools import partial
 
@@ -15,6 +14,7 @@ from helpers import (
     assert_close,
     assert_norms_close,
     assert_relative,
+    every,
     random_labels,
     random_logits,
     random_targets,
@@ -29,8 +29,6 @@ ROWS, FEATURES, CLASSES = 16, 6, 24
 SHAPES = [(8,), (1, 8), (2, 4), (4, 2)]
 KINDS = [AxisType.Auto, AxisType.Explicit, AxisType.Manual]
 HEAD_CASES = list(itertools.product([jnp.float32, jnp.bfloat16], ["mean", "sum", "none"], [None, 19]))
-# Each mesh meets one case of the twelve, and each case one mesh; nightly, all meet all.
-SHARE = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 12
 
 
 def make_mesh(shape, kind):
@@ -88,39 +86,40 @@ def value_and_gradients(function, arguments, cotangent):
     return value, pull_back(cotangent)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_head_equals_that_of_one_device(shape, kind):
+MEETINGS = every(17, list(itertools.product(itertools.product(SHAPES, KINDS), enumerate(HEAD_CASES))))
+
+
+@pytest.mark.parametrize(("on", "case"), MEETINGS)
+def test_head_equals_that_of_one_device(on, case):
+    (shape, kind), (number, (dtype, reduction, num_classes)) = on, case
     mesh = make_mesh(shape, kind)
     data, model = (*mesh.axis_names, None)[:2]
-    first = (3 * SHAPES.index(shape) + KINDS.index(kind)) % SHARE
-    for number, (dtype, reduction, num_classes) in list(enumerate(HEAD_CASES))[first::SHARE]:
-        soft = number % 3 == 0
-        head = partial(
-            js.linear_log_likelihood_cost,
-            reduction=reduction,
-            num_classes=num_classes,
-            block_size=(None, 3)[number % 2],
-        )
-        arguments = head_arguments(ROWS, FEATURES, CLASSES, dtype, soft, num_classes)
-        specs = head_specs(data, model, soft)
-        place_of_cost = P(data) if reduction == "none" else P()
-        shape_of_cost = ROWS if reduction == "none" else ()
-        cotangent = jnp.asarray(np.random.default_rng(4).normal(size=shape_of_cost), jnp.float32)
+    soft = number % 3 == 0
+    head = partial(
+        js.linear_log_likelihood_cost,
+        reduction=reduction,
+        num_classes=num_classes,
+        block_size=(None, 3)[number % 2],
+    )
+    arguments = head_arguments(ROWS, FEATURES, CLASSES, dtype, soft, num_classes)
+    specs = head_specs(data, model, soft)
+    place_of_cost = P(data) if reduction == "none" else P()
+    shape_of_cost = ROWS if reduction == "none" else ()
+    cotangent = jnp.asarray(np.random.default_rng(4).normal(size=shape_of_cost), jnp.float32)
 
-        def cost(x, w, b, labels, sample_weight, class_weight, head=head, **axes):
-            return head(
-                x, w, b, labels, sample_weight=sample_weight, class_weight=class_weight,
-                label_smoothing=0.1, z_loss=0.01, softcap=5.0, **axes,
-            )  # fmt: skip
+    def cost(x, w, b, labels, sample_weight, class_weight, head=head, **axes):
+        return head(
+            x, w, b, labels, sample_weight=sample_weight, class_weight=class_weight,
+            label_smoothing=0.1, z_loss=0.01, softcap=5.0, **axes,
+        )  # fmt: skip
 
-        expected = jax.jit(partial(value_and_gradients, cost))(arguments, cotangent)
-        with jax.set_mesh(mesh):
-            on_mesh = as_called(cost, kind, specs, place_of_cost, data, model)
-            arguments = place_on(mesh, arguments, specs)
-            cotangent = jax.device_put(cotangent, NamedSharding(mesh, place_of_cost))
-            actual = jax.jit(partial(value_and_gradients, on_mesh))(arguments, cotangent)
-        assert_norms_close(actual, expected, 2e-5 if dtype == jnp.float32 else 3e-2)
+    expected = jax.jit(partial(value_and_gradients, cost))(arguments, cotangent)
+    with jax.set_mesh(mesh):
+        on_mesh = as_called(cost, kind, specs, place_of_cost, data, model)
+        arguments = place_on(mesh, arguments, specs)
+        cotangent = jax.device_put(cotangent, NamedSharding(mesh, place_of_cost))
+        actual = jax.jit(partial(value_and_gradients, on_mesh))(arguments, cotangent)
+    assert_norms_close(actual, expected, 2e-5 if dtype == jnp.float32 else 3e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -307,8 +306,10 @@ def test_an_epoch_reads_the_mesh_from_its_data(key):
     assert_close(actual, expected, ulps=4)
 
 
-@pytest.mark.parametrize(("soft", "reduction"), [(False, "sum"), (True, "none")])
-def test_what_one_argument_varies_along_the_others_need_not(soft, reduction):
+@pytest.mark.parametrize(
+    ("what", "soft", "reduction"), [("weights", False, "sum"), ("labels", True, "none")]
+)
+def test_what_one_argument_varies_along_the_others_need_not(what, soft, reduction):
     mesh = make_mesh((8,), AxisType.Auto)
     x, w, _, labels, *_ = head_arguments(ROWS, FEATURES, CLASSES, jnp.float32, soft)
     several = {
@@ -323,32 +324,32 @@ def test_what_one_argument_varies_along_the_others_need_not(soft, reduction):
     def head(x, w, labels):
         return js.linear_log_likelihood_cost(x, w, None, labels, reduction=reduction, block_size=1).sum()
 
-    for *specs, arguments in several.values():
-        for cost in (dense, head):
+    *specs, arguments = several[what]
+    for cost in (dense, head):
 
-            def whole(*arguments, cost=cost, specs=specs):
-                each = jax.shard_map(
-                    lambda *local: cost(*local)[None],
-                    mesh=mesh,
-                    in_specs=tuple(specs),
-                    out_specs=P("data"),
-                )
-                return each(*arguments).sum()
-
-            split = [
-                np.split(a, 8) if spec == P("data") else [a] * 8
-                for spec, a in zip(specs, arguments, strict=True)
-            ]
-            one = jax.jit(jax.value_and_grad(cost, (0, 1)))
-            values, gradients = zip(*(one(*part) for part in zip(*split, strict=True)), strict=True)
-            expected = (
-                sum(values),
-                [
-                    np.concatenate(each) if spec == P("data") else sum(each)
-                    for spec, each in zip(specs, zip(*gradients, strict=True), strict=False)
-                ],
+        def whole(*arguments, cost=cost):
+            each = jax.shard_map(
+                lambda *local: cost(*local)[None],
+                mesh=mesh,
+                in_specs=tuple(specs),
+                out_specs=P("data"),
             )
-            assert_norms_close(jax.jit(jax.value_and_grad(whole, (0, 1)))(*arguments), expected, 2e-5)
+            return each(*arguments).sum()
+
+        split = [
+            np.split(a, 8) if spec == P("data") else [a] * 8
+            for spec, a in zip(specs, arguments, strict=True)
+        ]
+        one = jax.jit(jax.value_and_grad(cost, (0, 1)))
+        values, gradients = zip(*(one(*part) for part in zip(*split, strict=True)), strict=True)
+        expected = (
+            sum(values),
+            [
+                np.concatenate(each) if spec == P("data") else sum(each)
+                for spec, each in zip(specs, zip(*gradients, strict=True), strict=False)
+            ],
+        )
+        assert_norms_close(jax.jit(jax.value_and_grad(whole, (0, 1)))(*arguments), expected, 2e-5)
 
 
 def test_errors_say_what_to_do():
