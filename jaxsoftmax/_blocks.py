@@ -114,7 +114,7 @@ def _product(a, b, dtype=None):
 
 def _logits(x, layer):
     z = _product(x, layer.weights.astype(x.dtype))
-    return z if layer.bias is None else z + layer.bias.astype(z.dtype)
+    return z if layer.bias is None else z + layer.bias.astype(z.dtype)[None]
 
 
 def _pulled_back(step, z, shared, rows, cotangent):

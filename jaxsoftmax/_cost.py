@@ -26,6 +26,7 @@ from ._checks import (
 from ._mesh import (
     Axes,
     MeshAxis,
+    across,
     class_count,
     device_count,
     first_class,
@@ -267,7 +268,7 @@ def example_costs(
     smoothed = None if alpha is None else (1 - alpha, alpha * _even(exists, z, axes))
     if is_soft:
         q = labels if smoothed is None else smoothed[0] * labels + smoothed[1]
-        cost, m, log_sum = _target_cost(axes, z, q if w is None else w * q)
+        cost, m, log_sum = _target_cost(axes, z, q if w is None else across(w, q.ndim) * q)
     else:
         cost, m, log_sum = _label_cost((axes, in_place), z, labels)
     m = jax.lax.stop_gradient(m)
@@ -281,7 +282,8 @@ def example_costs(
         cost = cost if w is None else _weighted(class_weight, cost)
         if smoothed is not None:
             kept, even = smoothed
-            shared = _shared_cost(z, m, log_sum, even if w is None else w * even, v, axes)
+            even = even if w is None else across(w, z.ndim) * even
+            shared = _shared_cost(z, m, log_sum, even, v, axes)
             cost = _weighted(kept, cost) + shared
     if zeta is not None:
         squared = jnp.square(m + log_sum)
@@ -358,10 +360,11 @@ def _alike(z, labels):
 def _class_weight(labels, w, axes):
     """Σ_k w_k y_k for each example; NaN where an integer label names no class."""
     if _is_probability(labels):
-        return sum_over_classes(w * labels, axes)[..., 0]
+        return sum_over_classes(across(w, labels.ndim) * labels, axes)[..., 0]
     if is_sharded(labels) or is_sharded(w):
-        own = jnp.arange(w.shape[0], dtype=labels.dtype) == labels[..., None]
-        weight = jnp.sum(jnp.where(own, w, 0), axis=-1)
+        ndim = labels.ndim + 1
+        own = across(jnp.arange(w.shape[0], dtype=labels.dtype), ndim) == labels[..., None]
+        weight = jnp.sum(jnp.where(own, across(w, ndim), 0), axis=-1)
     else:
         number = labels - first_class(w, axes)
         weight = from_its_device(jnp.take(w, number, mode="clip"), number, w, axes)
@@ -391,8 +394,8 @@ def reduced(
 def _even(exists, z, axes):
     """The even distribution over the classes of z: 1/K for each that exists, 0 for the others."""
     if exists is None:
-        return jnp.full(z.shape[-1], 1 / class_count(z, axes), z.dtype)
-    exists = exists.astype(z.dtype)
+        return across(jnp.full(z.shape[-1], 1 / class_count(z, axes), z.dtype), z.ndim)
+    exists = across(exists.astype(z.dtype), z.ndim)
     return exists / jnp.maximum(sum_over_classes(exists, axes), 1)
 
 

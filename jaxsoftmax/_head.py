@@ -32,6 +32,7 @@ from ._cost import Options, Reduction, as_options, example_costs, reduced, total
 from ._mesh import (
     Axes,
     MeshAxis,
+    across,
     class_count,
     first_class,
     on_devices,
@@ -382,7 +383,8 @@ def _existing(plan, z):
     """Which of this device's classes exist; None for all."""
     if plan.num_classes == class_count(z, plan.axes):
         return None
-    return first_class(z, plan.axes) + jnp.arange(z.shape[-1]) < plan.num_classes
+    number = first_class(z, plan.axes) + jnp.arange(z.shape[-1])
+    return across(number < plan.num_classes, z.ndim)
 
 
 def _all_statistics(plan, x, rows, layer, settings, _):

@@ -125,6 +125,12 @@ def class_numbers(values: Float[Array, "*batch classes"]) -> Integer[Array, "*ba
     return jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1, out_sharding=place)
 
 
+def across(vector: Array, ndim: int) -> Array:
+    """What is one for each class, as a row of an array with so many axes."""
+    # Told, or jax_numpy_rank_promotion would have to allow it.
+    return jnp.expand_dims(vector, tuple(range(ndim - vector.ndim)))
+
+
 class Places(NamedTuple):
     """Where on a mesh rows and classes are."""
 

@@ -24,6 +24,7 @@ from ._cost import (
     log_likelihood_gradient,
     weight_penalty,
 )
+from ._mesh import across
 from ._softmax import softmax
 
 
@@ -288,7 +289,7 @@ def backpropagate(
 
 
 def _apply(layer, x):
-    return x @ layer.weights + layer.bias
+    return x @ layer.weights + across(layer.bias, x.ndim)
 
 
 def _gradient(layer, x, d_output):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Integer
 from ._checks import MOST_CLASSES, arithmetic_dtype, known_size
 from ._mesh import (
     Axes,
+    across,
     class_count,
     class_numbers,
     first_class,
@@ -344,7 +345,7 @@ def _reduce_row(reduce, terms, z, *columns):
         return reduce(terms(row, 0, *columns), axis=-1, keepdims=True)
     # Without the barriers the compiler would form the terms first, and make one reduction of two.
     part, *columns = _barrier((z.reshape(*batch, -1, length), *(c[..., None] for c in columns)))
-    first = length * jnp.arange(classes // length, dtype=jnp.int32)[:, None]
+    first = across(length * jnp.arange(classes // length, dtype=jnp.int32)[:, None], part.ndim)
     of_parts = reduce(terms(part, first, *columns), axis=-1)
     return reduce(_barrier(of_parts), axis=-1, keepdims=True)
 
@@ -409,7 +410,7 @@ def _lowered(axes, z, m):
 def _distance(values, index, unit=1.0):
     """How many classes each class is away from the one at `index`, times the unit."""
     numbers = unit * jnp.arange(values.shape[-1], dtype=index.dtype)
-    return jnp.abs(numbers - unit * index)
+    return jnp.abs(across(numbers, index.ndim) - unit * index)
 
 
 def _apart(z):
@@ -432,7 +433,7 @@ def _winner_on_cpu(axes, values):
     # 0 for the largest and 1 elsewhere: the smallest difference there is, made 1.
     tiny = 2.0**-100
     is_behind = jnp.minimum(m - _settled(values, m), tiny) * (1 / tiny)
-    numbers = jnp.arange(values.shape[-1], dtype=dtype)
+    numbers = across(jnp.arange(values.shape[-1], dtype=dtype), values.ndim)
     if axes:
         numbers += jnp.asarray(first_class(values, axes), dtype)
     first = smallest(jnp.min(numbers + count * is_behind, axis=-1, keepdims=True), axes)

@@ -21,6 +21,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # HYPOTHESIS_PROFILE=nightly looks ten times as long.
 hypothesis.settings.register_profile("default", max_examples=200, deadline=None)
@@ -30,8 +31,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 @pytest.fixture
 def standard_promotion():
-    """For tests that run optax, whose own arithmetic mixes integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
+    """For other libraries, whose arithmetic mixes integers and floats, vectors and rows."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 

@@ -386,7 +386,7 @@ PRODUCERS = {
     "capped": lambda h: 50 * jnp.tanh(h / h.dtype.type(50) * h.dtype.type(0.37)),
     "rooted": lambda h: jnp.sqrt(jnp.abs(h)) * h.dtype.type(4),
     "normalized": lambda h: (
-        (h - h.mean(-1, keepdims=True)) * np.linspace(0.3, 0.5, h.shape[-1], dtype=h.dtype) + 1
+        (h - h.mean(-1, keepdims=True)) * np.linspace(0.3, 0.5, h.shape[-1], dtype=h.dtype)[None] + 1
     ),
 }
 
@@ -437,7 +437,7 @@ def test_exact_on_scaled_logits_in_a_scan():
 
     def cost(bias):
         def step(total, x):
-            z = 0.9 * (x @ w + bias)
+            z = 0.9 * (x @ w + bias[None])
             return total + js.log_likelihood_cost(z, jnp.full(2, 3), reduction="sum"), None
 
         return jax.lax.scan(step, jnp.float32(0), x)[0]

@@ -79,6 +79,56 @@ def test_a_weight_with_an_axis_too_many():
         js.log_likelihood_cost(LOGITS, jnp.array(LABELS), sample_weight=jnp.ones(2))
 
 
+SETTINGS = {
+    "no NaN, no infinity": {"jax_debug_nans": True, "jax_debug_infs": True},
+    "no jit": {"jax_disable_jit": True},
+    "64 bits, ranks told": {"jax_enable_x64": True, "jax_numpy_rank_promotion": "raise"},
+}
+
+
+def values_and_gradients():
+    """Of all that is differentiable, with every option in one call or another."""
+    z, labels, bias = jnp.asarray(LOGITS), jnp.array(LABELS), jnp.ones(4, jnp.float32)
+    rows, exists = jnp.full((3, 4), 0.25, jnp.float32), jnp.arange(4) < 4
+    weights = {"sample_weight": bias[:3], "class_weight": bias}
+    options = {**weights, "label_smoothing": 0.1, "z_loss": 0.1}
+    network = js.init_network(jax.random.key(0), 4, 3, 4, jnp.float32)
+
+    def cost(z, rows):
+        of_labels = js.log_likelihood_cost(z, labels, where=exists, **options)
+        return of_labels + js.log_likelihood_cost(z, rows, **options) + js.quadratic_cost(z, rows)
+
+    def head(x, w, bias):
+        more = {**options, "softcap": 5.0, "num_classes": 4, "block_size": 2}
+        return js.linear_log_likelihood_cost(x, w, bias, labels, **more)
+
+    w = jnp.eye(4, dtype=jnp.float32)
+    statistics = js.head_statistics(z, w, bias, labels, block_size=2)
+    return (
+        jax.vjp(js.softmax, z)[1](z),
+        jax.vjp(js.log_softmax, z)[1](z),
+        jax.value_and_grad(cost, (0, 1))(z, rows),
+        jax.value_and_grad(head, (0, 1, 2))(z, w, bias),
+        statistics._replace(prediction=None),
+        jax.value_and_grad(js.network_cost)(network, z, labels),
+        js.backpropagate(network, z, labels),
+    )
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_under_the_settings_that_people_have(settings):
+    expected = values_and_gradients()
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        actual = values_and_gradients()
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert_close(actual, expected, ulps=16)
+
+
 def test_exports_with_symbolic_shapes():
     n, k = export.symbolic_shape("n, k")
 

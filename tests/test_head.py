@@ -44,7 +44,7 @@ def every_option(rows, classes, dtype, seed=5):
 def dense(x, w, b, labels, softcap=None, num_classes=None, **options):
     """The same cost from all the logits at once."""
     z = jnp.matmul(x, w, preferred_element_type=jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-    z = z if b is None else z + b.astype(z.dtype)
+    z = z if b is None else z + b.astype(z.dtype)[None]
     z = z if softcap is None else softcap * jnp.tanh(z / softcap)
     where = None if num_classes is None else jnp.arange(z.shape[-1]) < num_classes
     return js.log_likelihood_cost(z, labels, where=where, **options)

@@ -93,8 +93,8 @@ def test_predictions_agree(key):
     assert (js.predict(network, x) == probabilities.argmax(axis=-1)).all()
     assert js.predict(network, x).dtype == jnp.int32
     with_tanh = js.logits(network, x, activation=jnp.tanh)
-    hidden = jnp.tanh(x @ network.hidden.weights + network.hidden.bias)
-    assert_close(with_tanh, hidden @ network.output.weights + network.output.bias, ulps=1)
+    hidden = jnp.tanh(x @ network.hidden.weights + network.hidden.bias[None])
+    assert_close(with_tanh, hidden @ network.output.weights + network.output.bias[None], ulps=1)
 
 
 def test_initial_weights_have_their_variance(key):

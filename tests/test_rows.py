@@ -171,7 +171,7 @@ def test_the_head_in_parts(elsewhere, shape, dtype, block_size, reduction, is_so
         return cost(*arguments, reduction=reduction, block_size=block_size, **options)
 
     def dense(x, w, b, labels, **options):
-        z = jnp.matmul(x, w, preferred_element_type=jnp.float32) + b.astype(jnp.float32)
+        z = jnp.matmul(x, w, preferred_element_type=jnp.float32) + b.astype(jnp.float32)[None]
         return js.log_likelihood_cost(z, labels, reduction=reduction, **options)
 
     tolerance = 2e-5 if dtype == jnp.float32 else 2e-2

@@ -299,7 +299,7 @@ def test_training_on_a_mesh_ends_as_on_one_device(explicit, key):
 
 def test_an_epoch_reads_the_mesh_from_its_data(key):
     data, optimizer = jnp.arange(40.0).reshape(20, 2), optax.sgd(0.1)
-    epoch = js.make_epoch(lambda w, batch: jnp.mean((batch - w) ** 2), optimizer, 8)
+    epoch = js.make_epoch(lambda w, batch: jnp.mean((batch - w[None]) ** 2), optimizer, 8)
     state = js.init_state(jnp.zeros(2), optimizer)
     rows = NamedSharding(make_mesh((4, 2), AxisType.Explicit), P("data"))
     actual, expected = (epoch(state, d, key)[1] for d in (jax.device_put(data, rows), data))
