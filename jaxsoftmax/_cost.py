@@ -441,8 +441,9 @@ def _if_named(labels, sums):
 
 # The cost of integer labels, −ln a_y; m; and ln Σ_k e_k, from which smoothing and z-loss are made.
 # With o = Σ_{k≠y} e_k, summed without the label,
-#     −ln a_y = ln (1 + o / e_y)          which loses nothing where the label leads, and
-#             = (m − z_y) + ln (o + e_y)  where it does not, and e_y may be too small to divide by.
+#     −ln a_y = ln (1 + o / e_y)                which loses nothing where the label leads, and
+#             = (m − z_y) + ln (1 + (s − 1))    where it does not: s = o + e_y is at least 1 then, but
+# e_y may be too small to divide by.
 @custom_vjp_static_first
 def _label_cost(plan, logits, labels):
     axes, _ = plan
@@ -482,12 +483,11 @@ _label_cost.defvjp(_label_cost_fwd, _label_cost_bwd)
 def _from_sums(sums):
     """−ln a_y, m and ln Σ_k e_k."""
     leads = sums.ahead > -1
-    leading = jnp.log1p(sums.others / jnp.where(leads, sums.own, 1))
-    log_sum = jnp.log(sums.total)
-    cost = jnp.where(leads, leading, log_sum - sums.ahead)
+    log = jnp.log1p(jnp.where(leads, sums.others / jnp.where(leads, sums.own, 1), sums.total - 1))
+    cost = jnp.where(leads, log, log - sums.ahead)
     # Where every class has logit −inf there is no distribution, and the label is impossible.
     cost = jnp.where(sums.total == 0, jnp.inf, cost)
-    log_sum = jnp.where(leads, leading + sums.ahead, log_sum)
+    log_sum = jnp.where(leads, log + sums.ahead, log)
     return cost[..., 0], sums.maximum[..., 0], log_sum[..., 0]
 
 

@@ -302,10 +302,13 @@ def _winner_elsewhere(axes, values):
 # and store nothing takes 1.2 to 1.9 times as long.
 
 
+FEW = 10  # classes
+
+
 def _sums_on_cpu(axes, z, index):
     own, m, low, unit = _references(axes, z, index)
-    if known_size(z.shape[-1]) < 100:
-        # So few that a pass over the exponentials costs less than what leaves one out on the way.
+    if known_size(z.shape[-1]) <= FEW:
+        # A pass over the exponentials costs less than what leaves one out on the way.
         e = jnp.where(is_class(z, index), 0, jnp.exp(_settled(z, m) - low))
         return m, own - m, unit * sum_over_classes(e, axes)
 
@@ -328,7 +331,7 @@ def _kept_on_cpu(axes, in_place, z, index):
     if z.dtype != arithmetic_dtype(z.dtype):
         # Narrow logits are narrower than their exponentials.
         return *_sums_on_cpu(axes, z, index), z
-    own, m, low, unit = _references(axes, z, index)
+    own, m, low, unit = _references(axes, z, index, in_place)
     e = _set_zero(in_place, jnp.exp(_settled(z, m) - low), index)
     return m, own - m, unit * total(_reduce_row(jnp.sum, lambda e, _: e, e), axes), e
 
@@ -364,10 +367,10 @@ def _part_length(classes):
 
 def _set_zero(in_place, e, index):
     """The exponentials in their own buffer, but 0 for the class of each row at `index`."""
-    if in_place or is_sharded(e):
-        # XLA gives what is scattered into a buffer of its own. The whole cost takes 0.8 to 0.9 so.
+    if in_place or is_sharded(e) or known_size(e.shape[-1]) < 10 * FEW:
         return jnp.where(is_class(e, index), 0, e)
 
+    # XLA gives what is scattered into a buffer of its own. With many classes, the cost takes 0.9 so.
     def of_row(e, index):
         return e.at[jnp.where(index < 0, e.size, index)].set(0, mode="drop")
 
@@ -383,14 +386,15 @@ def _scaled_on_cpu(axes, kept, maximum, factor):
     return factor * jnp.exp(_settled(kept, maximum) - maximum)
 
 
-def _references(axes, z, index):
+def _references(axes, z, index, in_place=False):
     """The logit at `index`, the maximum, and where exponentials are measured from, in which unit."""
     own = rounded(pick(_apart(z), index, axes).astype(arithmetic_dtype(z.dtype)))
     # The maximum may pass over NaN in long rows, or give −inf. The sums do not.
     fixed = jax.lax.stop_gradient(z)
     m = largest(_reduce_row(jnp.max, lambda z, _: z, fixed).astype(own.dtype), axes)
-    # Of the logit as well: so it is read before the exponentials may take the logits' place.
-    m = jnp.maximum(m, jax.lax.stop_gradient(own))
+    if in_place:
+        # Of the logit as well: so it is read before the exponentials take the logits' place.
+        m = jnp.maximum(m, jax.lax.stop_gradient(own))
     m = jnp.where(m == -jnp.inf, 0, m)
     return own, m, *_lowered(axes, z, m)
 
@@ -402,7 +406,7 @@ def _lowered(axes, z, m):
     more, up to the next power of two, from which on differences are rounded to twice as much.
     """
     classes = known_size(class_count(z, axes), MOST_CLASSES)
-    if classes <= 10:
+    if classes <= FEW:
         return m, 1
     low = m - (2 ** math.ceil(math.log2(math.log(classes) + 1)) - 1)
     return low, jnp.exp(low - m)
