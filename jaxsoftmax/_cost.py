@@ -52,6 +52,7 @@ from ._softmax import (
     row_of,
     share,
     sum_of_others,
+    without,
 )
 
 Reduction = Literal["mean", "sum", "none"]
@@ -323,12 +324,8 @@ def _as_examples(logits, labels, axis, sample_weight, class_axis):
 @partial(jax.jit, static_argnums=0)
 def _log_likelihood(plan, z, labels, v, options, exists, normalizer):
     axes, axis, reduction = plan
-    z = jnp.moveaxis(z, axis, -1)
-    if exists is not None:
-        exists = jnp.moveaxis(exists, axis, -1)
-        # There is no infinity in some formats of one byte.
-        z = z if z.dtype.itemsize > 1 else z.astype(arithmetic_dtype(z.dtype))
-        z = jnp.where(exists, z, -jnp.inf)
+    z = jnp.moveaxis(without(exists, z), axis, -1)
+    exists = None if exists is None else jnp.moveaxis(exists, axis, -1)
     cost = example_costs(z, labels, v, options, exists, axes)
     weight = total_weight(labels, v, options.class_weight, axes)
     return reduced(cost, weight, reduction, normalizer)

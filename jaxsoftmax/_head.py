@@ -43,7 +43,7 @@ from ._mesh import (
     varying,
 )
 from ._rows import rounded, sum_of_all_but, sums_without, winner
-from ._softmax import custom_vjp_static_first
+from ._softmax import custom_vjp_static_first, without
 
 
 def linear_log_likelihood_cost(
@@ -362,7 +362,7 @@ def _is_shared(rows, weights):
 def _costs(plan, z, settings, rows):
     """The cost of each row of logits."""
     exists = _existing(plan, z)
-    z = _masked(exists, _capped(settings, z))
+    z = without(exists, _capped(settings, z))
     return example_costs(
         z, rows.labels, rows.sample_weight, settings.options, exists, plan.axes, in_place=True
     )
@@ -372,11 +372,6 @@ def _capped(settings, z):
     """The logits, bent below the softcap if there is one."""
     c = settings.softcap
     return z if c is None else c * jnp.tanh(z / c)
-
-
-def _masked(exists, z):
-    """The logits, −inf for classes that do not exist."""
-    return z if exists is None else jnp.where(exists, z, -jnp.inf)
 
 
 def _existing(plan, z):
@@ -403,9 +398,9 @@ def _statistics(plan, x, rows, layer, settings):
     def step(z, settings, rows):
         exists = _existing(plan, z)
         # The softcap changes no order, but may make logits equal.
-        prediction = winner(axes, _masked(exists, z))
+        prediction = winner(axes, without(exists, z))
         costs = None if rows.labels is None else _costs(plan, z, settings, rows)
-        z = _masked(exists, _capped(settings, z))
+        z = without(exists, _capped(settings, z))
         sums = sums_without(axes, z, prediction - first_class(z, axes))
         log_sum = jnp.log(sums.total)
         # As far behind as there are numbers: a class that does not exist adds 0, and 0 · ∞ would not be.

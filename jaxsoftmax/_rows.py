@@ -240,13 +240,12 @@ def _parts(z):
     # Of a few long rows the compiler for TPUs makes a program that takes twenty to a thousand times as
     # long: whole, 512 rows of 151,936 classes on v5e, and of 128,256 on v5p.
     classes = known_size(z.shape[-1])
-    most = MOST_AT_ONCE if known_size(z.size) > 2**10 * classes else MOST_AT_ONCE // 2
-    if not is_local() or classes <= most:
+    if not is_local() or classes <= MOST_AT_ONCE:
         return [(0, z)]
-    return [(start, z[..., start : start + most]) for start in range(0, classes, most)]
+    return [(i, z[..., i : i + MOST_AT_ONCE]) for i in range(0, classes, MOST_AT_ONCE)]
 
 
-MOST_AT_ONCE = 2**17  # classes
+MOST_AT_ONCE = 2**16  # classes
 
 
 def _reduced(terms, join):

@@ -161,17 +161,19 @@ class Row(NamedTuple):
         """−ln a_k."""
         _, maximum, _, rest = self.sums
         of_winner = jnp.log1p(rest / self.sums.own)
-        return jnp.where(self._is_winner, of_winner, (maximum - rounded(self.logits)) + self.log_sum)
+        return jnp.where(self._is_winner, of_winner, (maximum - self._wide) + self.log_sum)
 
     @property
     def _is_winner(self):
         return is_class(self.logits, self.sums.number)
 
     @property
+    def _wide(self):
+        return rounded(self.logits.astype(self.sums.maximum.dtype))
+
+    @property
     def _exponentials(self):
-        return jnp.where(
-            self._is_winner, self.sums.own, jnp.exp(rounded(self.logits) - self.sums.maximum)
-        )
+        return jnp.where(self._is_winner, self.sums.own, jnp.exp(self._wide - self.sums.maximum))
 
     @property
     def _others(self):
@@ -225,6 +227,15 @@ def sum_of_others(
     return jnp.where(is_class(values, largest), rest, rest_without)
 
 
+def without(exists: Array | None, logits: FloatArray) -> Array:
+    """The logits, −inf for the classes that do not exist; None for those that all do."""
+    if exists is None:
+        return logits
+    # There is no infinity in some formats of one byte.
+    wide = logits if logits.dtype.itemsize > 1 else logits.astype(arithmetic_dtype(logits.dtype))
+    return jnp.where(exists, wide, -jnp.inf)
+
+
 # A function with a rule, whose first argument is no array but known when it is compiled.
 custom_vjp_static_first: Callable[[Callable[..., Any]], Any] = partial(
     jax.custom_vjp, nondiff_argnums=(0,)
@@ -239,12 +250,13 @@ def _softmax(axes, logits):
 def _softmax_fwd(axes, logits):
     row = row_of(axes, logits)
     a = row.probabilities
-    return a, (a, row.sums.number)
+    return a.astype(logits.dtype), (a, row.sums.number)
 
 
 def _softmax_bwd(axes, residuals, cotangent):
     a, winner = residuals
-    return (pull_back_softmax(a, winner, cotangent, axes),)
+    d_logits = pull_back_softmax(a, winner, cotangent.astype(a.dtype), axes)
+    return (d_logits.astype(cotangent.dtype),)
 
 
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
@@ -257,12 +269,14 @@ def _log_softmax(axes, logits):
 
 def _log_softmax_fwd(axes, logits):
     row = row_of(axes, logits)
-    return -row.surprises, row
+    return -row.surprises.astype(logits.dtype), row
 
 
 # ∂ ln a_k/∂z_j = δ_jk − a_j, so a cotangent c gives c_j (1 − a_j) − a_j Σ_{k≠j} c_k.
 def _log_softmax_bwd(axes, row, cotangent):
-    return (cotangent * row.complements - row.probabilities * sum_of_others(cotangent, axes),)
+    c = cotangent.astype(row.sums.maximum.dtype)
+    d_logits = c * row.complements - row.probabilities * sum_of_others(c, axes)
+    return (d_logits.astype(cotangent.dtype),)
 
 
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
@@ -279,7 +293,6 @@ def _along_last(kernel, logits, axis, where, class_axis, masked):
 @partial(jax.jit, static_argnums=0)  # Outside jit each operation would be compiled by itself.
 def _of_existing(plan, logits, exists):
     kernel, axes, axis, masked = plan
-    z = logits.astype(arithmetic_dtype(logits.dtype))
-    z = z if exists is None else jnp.where(exists, z, -jnp.inf)
-    result = jnp.moveaxis(kernel(axes, jnp.moveaxis(z, axis, -1)), -1, axis).astype(logits.dtype)
+    z = jnp.moveaxis(without(exists, logits), axis, -1)
+    result = jnp.moveaxis(kernel(axes, z), -1, axis).astype(logits.dtype)
     return result if exists is None else jnp.where(exists, result, masked)
