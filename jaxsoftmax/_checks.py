@@ -1,8 +1,11 @@
 """What is refused, and in which words: shapes, dtypes, labels."""
 
+import inspect
+import math
 import operator
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +20,37 @@ LabelArray = Labels | list[Any] | tuple[Any, ...]
 MaskArray = Bool[Array, "..."] | Bool[np.ndarray, "..."]
 WeightArray = Num[Array, "..."] | Num[np.ndarray, "..."] | MaskArray
 
-MOST_CLASSES = 2**24
+ClassAxis = int | tuple[int, ...] | None
 Number = int | float | Num[Array, ""] | np.number
+
+MOST_CLASSES = 2**24
+
+Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+
+# What people bring with them from other libraries.
+HINTS = {
+    "dtype": "convert the logits or the result, for example with .astype(jnp.float32)",
+    "initial": "leave it out, since where alone says which classes exist",
+    "ignore_index": "pass sample_weight=labels != ignore_index",
+    "weight": "pass class_weight, one number for each class, or sample_weight, one for each example",
+}
+
+
+def with_hints(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function, whose error for an argument that it does not have says what to write instead."""
+    known = inspect.signature(function).parameters
+
+    @wraps(function)
+    def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        for name in kwargs.keys() - known.keys():
+            hint = HINTS.get(name, "its docstring has all of them")
+            raise TypeError(
+                f"{function.__name__} has no argument {name!r}: {hint}. docs/coming-from.md lists what "
+                "arguments of other libraries are here"
+            )
+        return function(*args, **kwargs)
+
+    return called
 
 
 def as_floats(name: str, value: ArrayLike) -> Array:
@@ -32,27 +64,56 @@ def as_floats(name: str, value: ArrayLike) -> Array:
     return array
 
 
-def as_logits(logits: ArrayLike, axis: int) -> tuple[Array, int]:
-    """Floating-point logits, and their class axis counted from the front."""
+def as_logits(logits: ArrayLike, axis: ClassAxis) -> tuple[Array, tuple[int, ...]]:
+    """Floating-point logits, and their class axes counted from the front."""
     array = as_floats("logits", logits)
     if array.ndim == 0:
         raise ValueError("logits must have a class axis, got a scalar: pass shape (*batch, classes)")
-    axis = operator.index(axis)
-    if not -array.ndim <= axis < array.ndim:
+    given = range(array.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    axes = [operator.index(each) for each in given]
+    if not all(-array.ndim <= each < array.ndim for each in axes):
         raise ValueError(
             f"axis must be in [{-array.ndim}, {array.ndim}) for logits of shape {array.shape}, got {axis}"
         )
-    axis %= array.ndim
-    if array.shape[axis] == 0:
+    axes = tuple(each % array.ndim for each in axes)
+    if not axes or len(set(axes)) < len(axes):
+        raise ValueError(f"axis must name one axis of the logits, or several different ones, got {axis}")
+    classes = class_size(array.shape, axes)
+    if classes == 0:
         raise ValueError(
             f"logits must have at least one class, got shape {array.shape} with none along axis {axis}"
         )
-    if known_size(array.shape[axis]) > MOST_CLASSES:
+    if known_size(classes) > MOST_CLASSES:
         raise ValueError(
             f"logits may have {MOST_CLASSES} classes at most, which float32 can still number one by one, "
-            f"got {array.shape[axis]}"
+            f"got {classes}"
         )
-    return array, axis
+    return array, axes
+
+
+def batch_of(shape: tuple[Any, ...], axes: tuple[int, ...]) -> tuple[Any, ...]:
+    """The sizes of all axes but those of the classes."""
+    return tuple(size for i, size in enumerate(shape) if i not in axes)
+
+
+def class_size(shape: tuple[Any, ...], axes: tuple[int, ...]) -> Any:
+    """The number of classes, along all their axes."""
+    return math.prod(shape[axis] for axis in axes)
+
+
+def classes_last(array: Array, axes: tuple[int, ...]) -> Array:
+    """The array with its class axes as one, the last."""
+    moved = jnp.moveaxis(array, axes, range(-len(axes), 0))
+    if len(axes) == 1:
+        return moved
+    return moved.reshape(*batch_of(array.shape, axes), class_size(array.shape, axes))
+
+
+def classes_back(array: Array, axes: tuple[int, ...], shape: tuple[Any, ...]) -> Array:
+    """The reverse of `classes_last`, for an array of the given shape."""
+    if len(axes) > 1:
+        array = array.reshape(*batch_of(shape, axes), *(shape[axis] for axis in axes))
+    return jnp.moveaxis(array, range(-len(axes), 0), axes)
 
 
 def known_size(size: Any, otherwise: int = 0) -> int:
@@ -79,7 +140,7 @@ def as_where(where: ArrayLike, shape: tuple[Any, ...]) -> Array:
 def as_labels(
     labels: ArrayLike | list[Any] | tuple[Any, ...],
     shape: tuple[Any, ...],
-    axis: int,
+    axes: tuple[int, ...],
     weight: ArrayLike | None,
     num_classes: Any = None,
 ) -> Array:
@@ -89,14 +150,14 @@ def as_labels(
     name one of the first `num_classes` classes, of all if None.
     """
     array = jnp.asarray(labels)
-    batch = shape[:axis] + shape[axis + 1 :]
-    classes = shape[axis] if num_classes is None else num_classes
+    batch = batch_of(shape, axes)
+    classes = class_size(shape, axes) if num_classes is None else num_classes
     if jnp.issubdtype(array.dtype, jnp.integer):
         if array.shape != batch:
             hint = ": for one-hot labels use a floating-point dtype" if array.shape == shape else ""
             raise ValueError(
                 f"integer labels must have shape {batch}, one for each row of logits {shape} "
-                f"along axis {axis}, got {array.shape}{hint}"
+                f"along axis {axes if len(axes) > 1 else axes[0]}, got {array.shape}{hint}"
             )
         # The labels as given: inside jit, jnp.asarray has already made a tracer of a known array.
         _check_range(labels, classes, weight)
@@ -105,7 +166,7 @@ def as_labels(
         # One row may stand for all examples, but one number not for all classes.
         given = array.shape
         try:
-            fits = given[axis - len(shape)] == shape[axis]
+            fits = all(given[axis - len(shape)] == shape[axis] for axis in axes)
             array = jnp.broadcast_to(array, shape)
         except (IndexError, ValueError):
             fits = False
@@ -114,7 +175,7 @@ def as_labels(
                 f"probability labels must have the logits' shape {shape}, or that of one row for all "
                 f"examples, got {given}: pass integer labels to name one class per example"
             )
-        return jnp.moveaxis(array, axis, -1)
+        return classes_last(array, axes)
     raise TypeError(
         f"labels must be integers (one class per example) or floating-point probabilities, got "
         f"{array.dtype}: convert them first, for example with labels.astype(jnp.int32)"

@@ -17,11 +17,14 @@ from ._checks import (
     arithmetic_dtype,
     as_class_weight,
     as_labels,
-    as_logits,
     as_normalizer,
     as_number,
     as_weights,
     as_where,
+    batch_of,
+    class_size,
+    classes_last,
+    with_hints,
 )
 from ._mesh import (
     Axes,
@@ -33,8 +36,8 @@ from ._mesh import (
     from_its_device,
     is_sharded,
     spread,
-    spread_over,
     varying,
+    whole,
 )
 from ._rows import (
     RowSums,
@@ -47,6 +50,7 @@ from ._rows import (
 )
 from ._softmax import (
     Row,
+    as_spread_logits,
     custom_vjp_static_first,
     pull_back_softmax,
     row_of,
@@ -58,11 +62,12 @@ from ._softmax import (
 Reduction = Literal["mean", "sum", "none"]
 
 
+@with_hints
 def log_likelihood_cost(
     logits: FloatArray,
     labels: LabelArray,
     *,
-    axis: int = -1,
+    axis: int | tuple[int, ...] | None = -1,
     where: MaskArray | None = None,
     sample_weight: WeightArray | None = None,
     class_weight: WeightArray | None = None,
@@ -87,7 +92,8 @@ def log_likelihood_cost(
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
         labels: Integers (*batch), the class of each example; or floating-point probabilities of the
             logits' shape, or of a shape with fewer or shorter batch axes that broadcasts to it.
-        axis: The class axis.
+        axis: The class axis. Several count as one, in the order given, and None as all: the number of
+            a class is its position in them.
         where: The classes that exist, a bool mask broadcastable to `logits`; all if None. A class that
             does not counts as one with logit −inf, and takes no share of the smoothing.
         sample_weight: v, a number for each example (*batch), or a bool mask. An example of weight 0
@@ -138,17 +144,19 @@ def log_likelihood_cost(
     """
     z, axis, labels, v, axes = _as_examples(logits, labels, axis, sample_weight, class_axis)
     dtype = arithmetic_dtype(z.dtype)
-    options = as_options(class_weight, label_smoothing, z_loss, z.shape[axis], dtype)
+    classes = class_size(z.shape, axis)
+    options = as_options(class_weight, label_smoothing, z_loss, classes, dtype)
     exists = None if where is None else as_where(where, z.shape)
     normalizer = as_normalizer(reduction, normalizer, sample_weight, dtype)
     return _log_likelihood((axes, axis, reduction), z, labels, v, options, exists, normalizer)
 
 
+@with_hints
 def quadratic_cost(
     logits: FloatArray,
     labels: LabelArray,
     *,
-    axis: int = -1,
+    axis: int | tuple[int, ...] | None = -1,
     sample_weight: WeightArray | None = None,
     reduction: Reduction = "mean",
     class_axis: MeshAxis = None,
@@ -309,13 +317,11 @@ def total_weight(
 
 def _as_examples(logits, labels, axis, sample_weight, class_axis):
     """All checked: logits, their class axis, labels with the classes last, sample weights, mesh axes."""
-    array, axis = as_logits(logits, axis)
-    axes = spread_over("logits", array, "class_axis", class_axis)
+    array, axis, axes = as_spread_logits(logits, axis, class_axis)
     v = None
     if sample_weight is not None:
-        batch = array.shape[:axis] + array.shape[axis + 1 :]
-        v = as_weights(sample_weight, batch, arithmetic_dtype(array.dtype))
-    classes = array.shape[axis] * device_count(axes)
+        v = as_weights(sample_weight, batch_of(array.shape, axis), arithmetic_dtype(array.dtype))
+    classes = class_size(array.shape, axis) * device_count(axes)
     labels = as_labels(labels, array.shape, axis, sample_weight, classes)
     return array, axis, labels, v, axes
 
@@ -324,8 +330,8 @@ def _as_examples(logits, labels, axis, sample_weight, class_axis):
 @partial(jax.jit, static_argnums=0)
 def _log_likelihood(plan, z, labels, v, options, exists, normalizer):
     axes, axis, reduction = plan
-    z = jnp.moveaxis(without(exists, z), axis, -1)
-    exists = None if exists is None else jnp.moveaxis(exists, axis, -1)
+    z = classes_last(without(exists, z), axis)
+    exists = None if exists is None else classes_last(exists, axis)
     cost = example_costs(z, labels, v, options, exists, axes)
     weight = total_weight(labels, v, options.class_weight, axes)
     return reduced(cost, weight, reduction, normalizer)
@@ -334,7 +340,7 @@ def _log_likelihood(plan, z, labels, v, options, exists, normalizer):
 @partial(jax.jit, static_argnums=0)
 def _quadratics(plan, z, labels, v):
     axes, axis, reduction = plan
-    z = jnp.moveaxis(z, axis, -1).astype(arithmetic_dtype(z.dtype))
+    z = classes_last(z, axis).astype(arithmetic_dtype(z.dtype))
     cost = _quadratic(axes, *_alike(z, _as_targets(labels, v, z.dtype)))
     cost = cost if v is None else _weighted(v, cost)
     return reduced(cost, total_weight(labels, v), reduction, None)
@@ -465,7 +471,7 @@ def _label_cost_fwd(plan, logits, labels):
 def _label_cost_bwd(plan, residuals, cotangents):
     axes, _ = plan
     kept, sums = residuals
-    d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
+    d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in whole(cotangents, axes))
     at_label = d_log_sum * share(sums.own, sums.others) - d_cost * share(sums.others, sums.own)
     at_others = scaled_exponentials(axes, kept, sums.maximum, (d_cost + d_log_sum) / sums.total)
     gradient = jnp.where(is_class(kept, sums.number), at_label, at_others)
@@ -521,7 +527,7 @@ def _target_cost_fwd(axes, logits, targets):
 # and as above ∂ ln Σ_k e_k/∂z_j = a_j
 def _target_cost_bwd(axes, residuals, cotangents):
     row, cost, targets = residuals
-    d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in cotangents)
+    d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in whole(cotangents, axes))
     sound = jnp.isfinite(cost)[..., None] & _is_positive(row.sums.total)
     ignored = (d_cost == 0) & (d_log_sum == 0) & ~sound
     gradient = d_cost * log_likelihood_gradient(row, targets, axes) + d_log_sum * row.probabilities
@@ -558,7 +564,7 @@ def _quadratic_fwd(axes, logits, labels):
 # C = ½ Σ_k d_k² with d = a − t, so ∂C/∂a = d, pulled back through the softmax, and ∂C/∂t = −d.
 def _quadratic_bwd(axes, residuals, cotangent):
     row, cost, labels = residuals
-    cotangent = cotangent[..., None]
+    cotangent = whole(cotangent, axes)[..., None]
     ignored = (cotangent == 0) & ~jnp.isfinite(cost)[..., None]
     difference = _difference(row, labels, axes)
     d_logits = cotangent * pull_back_softmax(row.probabilities, row.sums.number, difference, axes)

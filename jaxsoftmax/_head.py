@@ -27,6 +27,7 @@ from ._checks import (
     as_weights,
     is_known,
     known_size,
+    with_hints,
 )
 from ._cost import Options, Reduction, as_options, example_costs, reduced, total_weight
 from ._mesh import (
@@ -36,16 +37,19 @@ from ._mesh import (
     class_count,
     first_class,
     on_devices,
+    part,
     places_of,
     spread,
     summed_like,
     total,
     varying,
+    whole,
 )
 from ._rows import rounded, sum_of_all_but, sums_without, winner
 from ._softmax import custom_vjp_static_first, without
 
 
+@with_hints
 def linear_log_likelihood_cost(
     features: FloatArray,
     weights: FloatArray,
@@ -93,8 +97,10 @@ def linear_log_likelihood_cost(
         batch_axis: The axis or axes of the mesh over which the first axis of `features` is spread, and
             with it labels, sample weights and costs. The mesh is that of `jax.set_mesh`, where arrays
             have their full shapes, explicit axes need not be given, as types tell them, and what is
-            elsewhere is moved; or that of the `jax.shard_map` around this call, whose `check_vma` must
-            be True, and where arrays are each device's own part.
+            elsewhere is moved; or that of the `jax.shard_map` around this call, where arrays are each
+            device's own part. Where its `check_vma` is False, nobody checks that they are spread so, and
+            gradients are those of JAX's own collectives there: of the sum of what all devices return,
+            and by an array that several devices hold alike, parts to be added with `jax.lax.psum`.
         class_axis: As `batch_axis` for the columns of `weights`, and with them bias, class weights and
             probability labels. Their number must divide evenly: pad, and give `num_classes`.
         block_size: How many rows of logits are held at once, at most. The default, None, depends on
@@ -103,18 +109,18 @@ def linear_log_likelihood_cost(
             is as many as make about 2²⁶ logits, 2²⁷ where that is all there are for one product; for a
             value alone at most 512 from 16,384 classes on. Up to 2²⁰ logits are one block everywhere.
             Beyond its results the gradient takes memory for about one such block in float32 on a CPU,
-            two with smoothing or narrow features, up to six with all options or probability labels, and
-            weights of bfloat16 once in float32. Elsewhere it takes two, and the logits' gradient of up
-            to 2 D rows for D bfloat16 features (D rows for float32) in the features' dtype; for more
-            rows also the weights' gradient once in float32. On a mesh, rows and logits are those of one
+            two with a bias, smoothing or narrow features, up to six with all options or probability
+            labels, and weights of bfloat16 once in float32. Elsewhere it takes two, and the logits'
+            gradient of up to 2 D rows for D bfloat16 features (D rows for float32) in the features' dtype;
+            for more rows also the weights' gradient once in float32. On a mesh, rows and logits are those of one
             device. A symbolic number of rows, as of `jax.export`, is one block.
 
     Returns:
         Cost in nats, float32 (float64 for float64 features): a scalar, or (*batch) for "none". It is
         differentiable in every floating-point argument, each gradient in its argument's dtype.
-        bfloat16 and float16 features enter the products as they are. Weights beside them, and the logits'
-        gradient, are rounded to the features' dtype for the products, which accumulate in float32. So
-        float32 weights beside bfloat16 features have a float32 gradient. A bfloat16 gradient is rounded
+        bfloat16 and float16 features enter the products as they are, float8 ones as bfloat16. Weights
+        beside them, and the logits' gradient, are rounded to that dtype for the products, which
+        accumulate in float32. So float32 weights beside bfloat16 features have a float32 gradient. A bfloat16 gradient is rounded
         after its last block, and once more if it is then scaled by other than a power of two. In float16
         the logits' gradient enters in units that keep its digits, however a loss is scaled.
         At ±inf, NaN and weight 0 the logits mean what they do for `log_likelihood_cost`, except that an
@@ -149,7 +155,7 @@ def linear_log_likelihood_cost(
     batch, classes = x.shape[:-1], layer.weights.shape[-1]
     dtype = arithmetic_dtype(x.dtype)
     v = None if sample_weight is None else as_weights(sample_weight, batch, dtype)
-    labels = as_labels(labels, (*batch, classes), len(batch), sample_weight, plan.num_classes)
+    labels = as_labels(labels, (*batch, classes), (len(batch),), sample_weight, plan.num_classes)
     options = as_options(class_weight, label_smoothing, z_loss, classes, dtype)
     normalizer = as_normalizer(reduction, normalizer, sample_weight, dtype)
     cost = partial(_cost, plan, reduction, places.batch_axes)
@@ -179,6 +185,7 @@ class HeadStatistics(NamedTuple):
     label_log_likelihood: Float[Array, "*batch"] | None
 
 
+@with_hints
 def head_statistics(
     features: FloatArray,
     weights: FloatArray,
@@ -226,7 +233,7 @@ def head_statistics(
     )
     batch, classes = x.shape[:-1], layer.weights.shape[-1]
     if labels is not None:
-        labels = as_labels(labels, (*batch, classes), len(batch), None, plan.num_classes)
+        labels = as_labels(labels, (*batch, classes), (len(batch),), None, plan.num_classes)
     statistics = partial(_all_statistics, plan)
     return _on_mesh(statistics, places, places.batch, x, _Rows(labels, None), layer, settings, None)
 
@@ -268,9 +275,12 @@ def _as_layer(features, weights, bias, softcap, num_classes, batch_axis, class_a
     b = None if bias is None else as_floats("bias", bias)
     if b is not None and b.shape != w.shape[1:]:
         raise ValueError(f"bias must have shape {w.shape[1:]}, one for each class, got {b.shape}")
-    if x.dtype == arithmetic_dtype(x.dtype):
+    if x.dtype.itemsize == 1:
+        # Their products are exact in bfloat16, where the logits' gradient has digits and range.
+        x = x.astype(jnp.bfloat16)
+    elif x.dtype == arithmetic_dtype(x.dtype):
         # Narrow features keep their dtype, and so do weights beside them until a product rounds them.
-        x = x.astype(jnp.promote_types(x.dtype, w.dtype))
+        x = x.astype(jnp.promote_types(x.dtype, arithmetic_dtype(w.dtype)))
     if softcap is not None:
         softcap = as_number("softcap", softcap, arithmetic_dtype(x.dtype), positive=True)
     num_classes = classes if num_classes is None else as_count("num_classes", num_classes)
@@ -458,16 +468,17 @@ def _total(plan, x, layer, settings, rows, scale):
 
 
 def _total_fwd(plan, x, layer, settings, rows, scale):
-    cotangent = jnp.broadcast_to(scale, x.shape[:1])
+    cotangent = part(jnp.broadcast_to(scale, x.shape[:1]), plan.axes)
     costs, gradients = _with_gradients(plan, x, layer, settings, rows, cotangent)
     total = jnp.sum(costs)
     # The arguments are kept for their dtypes alone.
-    return _scaled(scale, total), ((*gradients, total), (x, layer, settings, rows, scale))
+    gradients = *gradients, part(total, plan.axes)
+    return _scaled(scale, total), (gradients, (x, layer, settings, rows, scale))
 
 
-def _total_bwd(_, residuals, cotangent):
+def _total_bwd(plan, residuals, cotangent):
     gradients, like = residuals
-    return _cast(jax.tree.map(partial(_scaled, cotangent), gradients), like)
+    return _cast(jax.tree.map(partial(_scaled, whole(cotangent, plan.axes)), gradients), like)
 
 
 _total.defvjp(_total_fwd, _total_bwd)

@@ -45,12 +45,33 @@ def spread_over(what: str, array: Array, name: str, axis: MeshAxis) -> Axes:
             f"{name} must name axes of a jax.shard_map around this call, which has {inside}, got {axis!r}"
         )
     missing = set(axes) - varying(array)
-    if missing:
+    if missing and _is_checked(axes):
         raise ValueError(
-            f"{what} must be spread over {name} {axis!r} by the jax.shard_map around this call, with its "
-            f"check_vma left at True, but they are not over {sorted(missing)}"
+            f"{what} must be spread over {name} {axis!r} by the jax.shard_map around this call, "
+            f"but they are not over {sorted(missing)}"
         )
     return axes
+
+
+# With its check_vma False a `jax.shard_map` does not know what differs between devices. There each device
+# has a part of the cotangent of what is the same on all of them, and the parts' sum is the cotangent.
+
+
+def _is_checked(axes):
+    """Whether types tell, inside a `jax.shard_map`, what differs between devices along the axes."""
+    return bool(varying(jax.lax.axis_index(axes)))
+
+
+def whole(cotangents: Any, axes: Axes) -> Any:
+    """Cotangents of what is the same on all devices along the axes, of which each may have a part."""
+    return cotangents if not axes or _is_checked(axes) else jax.lax.psum(cotangents, axes)
+
+
+def part(cotangent: Array, axes: Axes) -> Array:
+    """What `whole` makes the cotangent of again."""
+    if not axes or _is_checked(axes):
+        return cotangent
+    return jnp.where(jax.lax.axis_index(axes) == 0, cotangent, 0)
 
 
 def spread(tree: Any, axes: Iterable[str]) -> Any:

@@ -275,7 +275,7 @@ def backpropagate(
     z = _apply(network.output, hidden)
     cost = log_likelihood_cost(z, labels)
 
-    labels = as_labels(labels, z.shape, z.ndim - 1, None)
+    labels = as_labels(labels, z.shape, (z.ndim - 1,), None)
     labels = labels if labels.dtype == jnp.int32 else labels.astype(cost.dtype)
     # softmax(z) − y, in the form that loses no digits.
     d_z = log_likelihood_gradient(label_row(z.astype(cost.dtype), labels), labels)

@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from ._checks import FloatArray, MaskArray, arithmetic_dtype, as_logits, as_where
+from ._checks import (
+    ClassAxis,
+    FloatArray,
+    MaskArray,
+    arithmetic_dtype,
+    as_logits,
+    as_where,
+    classes_back,
+    classes_last,
+    with_hints,
+)
 from ._mesh import Axes, MeshAxis, first_class, spread_over
 from ._rows import (
     RowSums,
@@ -22,9 +32,10 @@ from ._rows import (
 )
 
 
+@with_hints
 def softmax(
     logits: FloatArray,
-    axis: int = -1,
+    axis: int | tuple[int, ...] | None = -1,
     where: MaskArray | None = None,
     *,
     class_axis: MeshAxis = None,
@@ -37,10 +48,10 @@ def softmax(
 
     Args:
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
-        axis: The class axis.
+        axis: The class axis; several count as one, None as all.
         where: The classes that exist, a bool mask broadcastable to `logits`; all if None.
-        class_axis: Inside `jax.shard_map` with `check_vma` True, the mesh axis or axes that the classes
-            are spread over; elsewhere none is needed, sharded or not.
+        class_axis: Inside `jax.shard_map`, the mesh axis or axes that the classes are spread over;
+            elsewhere none is needed, sharded or not.
 
     Returns:
         Probabilities of the logits' shape and dtype. bfloat16 and float16 are computed in float32 and
@@ -53,6 +64,10 @@ def softmax(
         ValueError: If `axis` is out of range, there is no class, `where` does not broadcast, or the
             logits are not spread over `class_axis`.
 
+    Note:
+        Second derivatives work as forward over reverse. Forward mode alone (`jax.jvp`, `jax.jacfwd`)
+        wants `without_custom_rules(softmax)`.
+
     Example:
         >>> print(softmax(jnp.array([0.0, 0.0, -jnp.inf])))
         [0.5 0.5 0. ]
@@ -63,9 +78,10 @@ def softmax(
     return _along_last(_softmax, logits, axis, where, class_axis, masked=0)
 
 
+@with_hints
 def log_softmax(
     logits: FloatArray,
-    axis: int = -1,
+    axis: int | tuple[int, ...] | None = -1,
     where: MaskArray | None = None,
     *,
     class_axis: MeshAxis = None,
@@ -78,7 +94,7 @@ def log_softmax(
 
     Args:
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
-        axis: The class axis.
+        axis: The class axis; several count as one, None as all.
         where: The classes that exist, a bool mask broadcastable to `logits`; all if None.
         class_axis: As for `softmax`.
 
@@ -91,6 +107,10 @@ def log_softmax(
         TypeError: If the logits are not real floating-point numbers, or `where` is not bool.
         ValueError: If `axis` is out of range, there is no class, `where` does not broadcast, or the
             logits are not spread over `class_axis`.
+
+    Note:
+        Second derivatives work as forward over reverse. Forward mode alone (`jax.jvp`, `jax.jacfwd`)
+        wants `without_custom_rules(log_softmax)`.
 
     Example:
         >>> log_softmax(jnp.array([40.0, 0.0]))[0]  # jax.nn.log_softmax gives 0
@@ -284,15 +304,25 @@ _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 def _along_last(kernel, logits, axis, where, class_axis, masked):
     """`kernel` over `axis`, in float32 or wider; `masked` for the classes that do not exist."""
-    z, axis = as_logits(logits, axis)
-    axes = spread_over("logits", z, "class_axis", class_axis)
+    z, axis, axes = as_spread_logits(logits, axis, class_axis)
     exists = None if where is None else as_where(where, z.shape)
     return _of_existing((kernel, axes, axis, masked), z, exists)
+
+
+def as_spread_logits(
+    logits: Any, axis: ClassAxis, class_axis: MeshAxis
+) -> tuple[Array, tuple[int, ...], Axes]:
+    """Logits, the axes of their classes, and the axes of the mesh over which these are spread."""
+    array, axis = as_logits(logits, axis)
+    axes = spread_over("logits", array, "class_axis", class_axis)
+    if axes and len(axis) > 1:
+        raise ValueError(f"class_axis goes with logits that have one class axis, got axis {axis}")
+    return array, axis, axes
 
 
 @partial(jax.jit, static_argnums=0)  # Outside jit each operation would be compiled by itself.
 def _of_existing(plan, logits, exists):
     kernel, axes, axis, masked = plan
-    z = jnp.moveaxis(without(exists, logits), axis, -1)
-    result = jnp.moveaxis(kernel(axes, z), -1, axis).astype(logits.dtype)
+    result = kernel(axes, classes_last(without(exists, logits), axis))
+    result = classes_back(result, axis, logits.shape).astype(logits.dtype)
     return result if exists is None else jnp.where(exists, result, masked)

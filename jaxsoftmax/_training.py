@@ -41,13 +41,22 @@ def init_state(params: PyTree, optimizer: Optimizer) -> TrainState:
         optimizer: Any optax optimizer.
 
     Returns:
-        A `TrainState` of the same parameters with `step` 0, an int32 scalar (). Nothing is looked at: NaN
-        among the parameters stays there.
+        A `TrainState` of the same parameters with `step` 0, an int32 scalar (). No number is looked at:
+        NaN among the parameters stays there.
+
+    Raises:
+        TypeError: If a leaf is no array and no number, such as a function of an Equinox module.
 
     Example:
         >>> int(init_state({"w": jnp.ones(3)}, optax.adam(1e-3)).step)
         0
     """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} must be an array, got {leaf!r}: train the arrays "
+                "alone, in Equinox with params, rest = eqx.partition(model, eqx.is_array)"
+            )
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 from helpers import assert_close, assert_norms_close
@@ -156,3 +157,99 @@ def test_exports_with_symbolic_shapes():
         arguments = x, w, jnp.arange(5)
         check(jax.value_and_grad(head, (0, 1)), arguments, (n, 3), (3, 7), (n,))
         check(lambda x, w: js.head_statistics(x, w, None).entropy, arguments[:2], (n, 3), (3, 7))
+
+
+@pytest.mark.parametrize("axis", [(-2, -1), (2, 0), (1,), None])
+def test_several_axes_of_classes_are_one(axis):
+    z = np.random.default_rng(1).normal(size=(2, 3, 4)).astype(np.float32)
+    axes = tuple(range(3)) if axis is None else axis
+    exists = np.arange(24).reshape(2, 3, 4) % 5 != 1
+
+    def flat(array):
+        moved = np.moveaxis(array, axes, range(-len(axes), 0))
+        return moved.reshape(*moved.shape[: 3 - len(axes)], -1)
+
+    for function in (js.softmax, js.log_softmax):
+        whole, of_one = function(z, axis, exists), function(flat(z), -1, flat(exists))
+        np.testing.assert_array_equal(flat(whole), of_one)
+        theirs = getattr(jax.nn, function.__name__)(z, axes, where=exists)
+        assert_close(np.where(exists, whole, 0), np.where(exists, theirs, 0), ulps=8)
+        c = np.cos(z)
+        (pulled,) = jax.vjp(lambda z, f=function: f(z, axis), z)[1](c)
+        (expected,) = jax.vjp(function, flat(z))[1](flat(c))
+        np.testing.assert_array_equal(flat(pulled), expected)
+    probabilities, weights = np.exp(z), np.linspace(0, 2, flat(z).shape[-1], dtype=np.float32)
+    labels = np.full(flat(z).shape[:-1], weights.size - 1)
+    for cost, options in (
+        (js.log_likelihood_cost, {"class_weight": weights, "label_smoothing": 0.1}),
+        (js.quadratic_cost, {}),
+    ):
+        for given, same in ((probabilities, flat(probabilities)), (labels, labels)):
+            value = jax.value_and_grad(lambda z, y, c=cost, o=options: c(z, y, axis=axis, **o))
+            expected = jax.value_and_grad(lambda z, y, c=cost, o=options: c(z, y, **o))(flat(z), same)
+            cost_of_all, gradient = value(z, given)
+            np.testing.assert_array_equal(cost_of_all, expected[0])
+            np.testing.assert_array_equal(flat(gradient), expected[1])
+
+
+def test_axes_that_name_no_classes():
+    for axis in ((), (0, 0), (1, -1)):
+        with pytest.raises(ValueError, match="one axis of the logits, or several different ones"):
+            js.softmax(LOGITS, axis)
+    with pytest.raises(ValueError, match=r"in \[-2, 2\).*got \(0, 2\)"):
+        js.log_likelihood_cost(LOGITS, jnp.array(LABELS), axis=(0, 2))
+    with pytest.raises(ValueError, match=r"shape \(\), one for each row .* along axis \(0, 1\)"):
+        js.log_likelihood_cost(LOGITS, jnp.array(LABELS), axis=None)
+    assert js.log_likelihood_cost(jnp.zeros((0, 2, 3)), jnp.zeros(0, int), axis=(1, 2)) == 0
+
+
+WORDS = {
+    "dtype": r"\.astype",
+    "initial": "where alone",
+    "ignore_index": "sample_weight=labels != ignore_index",
+    "weight": "class_weight",
+    "targets": "its docstring",
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_of_other_libraries(word):
+    network = js.init_network(jax.random.key(0), 4, 2, 4)
+    functions = js.softmax, js.log_softmax, js.log_likelihood_cost, js.quadratic_cost
+    for function in (*functions, js.linear_log_likelihood_cost, js.head_statistics, js.network_cost):
+        given = (network, LOGITS, np.array(LABELS)) if function is js.network_cost else (LOGITS,)
+        with pytest.raises(TypeError, match=f"no argument '{word}'.*{WORDS[word]}.*docs/coming-from"):
+            function(*given, **{word: jnp.float32})
+
+
+def test_parameters_that_are_no_arrays():
+    of_function = {"a": [1.0, jnp.tanh]}, r"params\['a'\]\[1\]"
+    for tree, name in (of_function, ((jnp.ones(2), "adam"), r"params\[1\]")):
+        with pytest.raises(TypeError, match=rf"{name} must be an array, got .*eqx\.partition"):
+            js.init_state(tree, optax.sgd(0.1))
+    js.init_state({"a": np.ones(2), "b": 1.0, "c": None}, optax.adam(0.1))
+
+
+FLOAT8 = jnp.float8_e4m3fn, jnp.float8_e5m2
+MIXED = [(jnp.float32, FLOAT8[0]), (jnp.bfloat16, FLOAT8[1]), (FLOAT8[0], jnp.float32), FLOAT8]
+
+
+@pytest.mark.parametrize(("of_features", "of_weights"), [*MIXED, (FLOAT8[1], jnp.bfloat16)])
+def test_the_head_takes_any_mix_of_dtypes(of_features, of_weights):
+    generator = np.random.default_rng(2)
+    x = jnp.asarray(generator.integers(-3, 4, (5, 4)) / 2, jnp.float32).astype(of_features)
+    w = jnp.asarray(generator.integers(-3, 4, (4, 6)) / 2, jnp.float32).astype(of_weights)
+    labels = jnp.array([0, 5, 2, 3, 3])
+    wide = [a.astype(jnp.float32) for a in (x, w)]
+    expected = jax.value_and_grad(lambda x, w: js.log_likelihood_cost(x @ w, labels), (0, 1))(*wide)
+    for block_size in (None, 2):
+        head = lambda x, w, b=block_size: js.linear_log_likelihood_cost(x, w, None, labels, block_size=b)  # noqa: E731
+        value, gradients = jax.value_and_grad(head, (0, 1))(x, w)
+        assert_close(value, expected[0], ulps=8)
+        for gradient, exact, primal in zip(gradients, expected[1], (x, w), strict=True):
+            assert gradient.dtype == primal.dtype
+            coarsest = max(float(jnp.finfo(d).eps) for d in (of_features, of_weights))
+            error = jnp.abs(gradient.astype(jnp.float32) - exact)
+            # Numbers of one byte have no more than about 2⁻¹⁰ or 2⁻¹⁷ below their smallest.
+            smallest = float(jnp.finfo(primal.dtype).smallest_subnormal)
+            assert jnp.all(error <= 2 * coarsest * jnp.max(jnp.abs(exact)) + smallest)
