@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ Number = int | float | Num[Array, ""] | np.number
 
 MOST_CLASSES = 2**24
 
-Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # What people bring with them from other libraries.
 HINTS = {
@@ -36,12 +36,12 @@ HINTS = {
 }
 
 
-def with_hints(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def with_hints(function: Function) -> Function:
     """The function, whose error for an argument that it does not have says what to write instead."""
     known = inspect.signature(function).parameters
 
     @wraps(function)
-    def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def called(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs.keys() - known.keys():
             hint = HINTS.get(name, "its docstring has all of them")
             raise TypeError(
@@ -50,7 +50,7 @@ def with_hints(function: Callable[Arguments, Result]) -> Callable[Arguments, Res
             )
         return function(*args, **kwargs)
 
-    return called
+    return cast(Function, called)
 
 
 def as_floats(name: str, value: ArrayLike) -> Array:
@@ -157,7 +157,7 @@ def as_labels(
             hint = ": for one-hot labels use a floating-point dtype" if array.shape == shape else ""
             raise ValueError(
                 f"integer labels must have shape {batch}, one for each row of logits {shape} "
-                f"along axis {axes if len(axes) > 1 else axes[0]}, got {array.shape}{hint}"
+                f"along axis {', '.join(map(str, axes))}, got {array.shape}{hint}"
             )
         # The labels as given: inside jit, jnp.asarray has already made a tracer of a known array.
         _check_range(labels, classes, weight)

@@ -111,17 +111,18 @@ def linear_log_likelihood_cost(
             Beyond its results the gradient takes memory for about one such block in float32 on a CPU,
             two with a bias, smoothing or narrow features, up to six with all options or probability
             labels, and weights of bfloat16 once in float32. Elsewhere it takes two, and the logits'
-            gradient of up to 2 D rows for D bfloat16 features (D rows for float32) in the features' dtype;
-            for more rows also the weights' gradient once in float32. On a mesh, rows and logits are those of one
-            device. A symbolic number of rows, as of `jax.export`, is one block.
+            gradient of up to 2 D rows for D bfloat16 features (D rows for float32) in the features'
+            dtype; for more rows also the weights' gradient once in float32. On a mesh, rows and logits
+            are those of one device. A symbolic number of rows, as of `jax.export`, is one block.
 
     Returns:
         Cost in nats, float32 (float64 for float64 features): a scalar, or (*batch) for "none". It is
         differentiable in every floating-point argument, each gradient in its argument's dtype.
         bfloat16 and float16 features enter the products as they are, float8 ones as bfloat16. Weights
         beside them, and the logits' gradient, are rounded to that dtype for the products, which
-        accumulate in float32. So float32 weights beside bfloat16 features have a float32 gradient. A bfloat16 gradient is rounded
-        after its last block, and once more if it is then scaled by other than a power of two. In float16
+        accumulate in float32. So float32 weights beside bfloat16 features have a float32 gradient. A
+        bfloat16 gradient is rounded after its last block, and once more if it is then scaled by other
+        than a power of two. In float16
         the logits' gradient enters in units that keep its digits, however a loss is scaled.
         At ±inf, NaN and weight 0 the logits mean what they do for `log_likelihood_cost`, except that an
         example of weight 0 with broken features counts as one whose features are 0.

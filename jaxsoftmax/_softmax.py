@@ -247,7 +247,7 @@ def sum_of_others(
     return jnp.where(is_class(values, largest), rest, rest_without)
 
 
-def without(exists: Array | None, logits: FloatArray) -> Array:
+def without(exists: Array | None, logits: Float[Array, "..."]) -> Array:
     """The logits, −inf for the classes that do not exist; None for those that all do."""
     if exists is None:
         return logits
