@@ -202,7 +202,8 @@ def _gradients(way, step, block_size, is_whole, x, layer, shared, rows, cotangen
     d_w_dtype = _gradient_dtype(x, layer.weights, is_whole.by_weights)
     has_one_part = known_size(count) <= part
     sum_dtype = d_w_dtype if has_one_part else arithmetic_dtype(x.dtype)
-    layer = layer._replace(weights=layer.weights.astype(x.dtype))
+    bias = None if layer.bias is None else layer.bias.astype(arithmetic_dtype(x.dtype))
+    layer = Affine(layer.weights.astype(x.dtype), bias)
 
     def of_part(carry, _, own):
         kept, total = carry

@@ -29,9 +29,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # What people bring with them from other libraries.
 HINTS = {
+    "dim": "the class axis is axis",
     "dtype": "convert the logits or the result, for example with .astype(jnp.float32)",
     "initial": "leave it out, since where alone says which classes exist",
     "ignore_index": "pass sample_weight=labels != ignore_index",
+    "input": "pass the logits first, then the labels",
+    "target": "pass the labels second",
+    "ce_weight": "pass class_weight",
+    "lse_square_scale": "pass z_loss",
     "weight": "pass class_weight, one number for each class, or sample_weight, one for each example",
 }
 
@@ -70,7 +75,12 @@ def as_logits(logits: ArrayLike, axis: ClassAxis) -> tuple[Array, tuple[int, ...
     if array.ndim == 0:
         raise ValueError("logits must have a class axis, got a scalar: pass shape (*batch, classes)")
     given = range(array.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    axes = [operator.index(each) for each in given]
+    try:
+        axes = [operator.index(each) for each in given]
+    except TypeError:
+        raise TypeError(
+            f"axis must be an integer, a tuple of them, or None for all, got {axis!r}"
+        ) from None
     if not all(-array.ndim <= each < array.ndim for each in axes):
         raise ValueError(
             f"axis must be in [{-array.ndim}, {array.ndim}) for logits of shape {array.shape}, got {axis}"

@@ -116,8 +116,9 @@ def linear_log_likelihood_cost(
             are those of one device. A symbolic number of rows, as of `jax.export`, is one block.
 
     Returns:
-        Cost in nats, float32 (float64 for float64 features): a scalar, or (*batch) for "none". It is
-        differentiable in every floating-point argument, each gradient in its argument's dtype.
+        Cost in nats, float32 (float64 for float64 features or weights): a scalar, or (*batch) for
+        "none". It is differentiable in every floating-point argument, each gradient in its argument's
+        dtype.
         bfloat16 and float16 features enter the products as they are, float8 ones as bfloat16. Weights
         beside them, and the logits' gradient, are rounded to that dtype for the products, which
         accumulate in float32. So float32 weights beside bfloat16 features have a float32 gradient. A

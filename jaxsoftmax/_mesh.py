@@ -69,9 +69,7 @@ def whole(cotangents: Any, axes: Axes) -> Any:
 
 def part(cotangent: Array, axes: Axes) -> Array:
     """What `whole` makes the cotangent of again."""
-    if not axes or _is_checked(axes):
-        return cotangent
-    return jnp.where(jax.lax.axis_index(axes) == 0, cotangent, 0)
+    return cotangent if not axes or _is_checked(axes) else cotangent / device_count(axes)
 
 
 def spread(tree: Any, axes: Iterable[str]) -> Any:

@@ -101,7 +101,8 @@ def log_softmax(
     Returns:
         Log-probabilities in nats, of the logits' shape and dtype. bfloat16 and float16 are computed in
         float32 and rounded once. A class with logit −inf has −inf; so has one masked by `where`, whose
-        gradient is 0. A row with a NaN or +inf among its classes, or with only −inf, is NaN.
+        gradient is 0 (NaN in a float8 that has no infinity). A row with a NaN or +inf among its classes,
+        or with only −inf, is NaN.
 
     Raises:
         TypeError: If the logits are not real floating-point numbers, or `where` is not bool.

@@ -52,7 +52,7 @@ def init_state(params: PyTree, optimizer: Optimizer) -> TrainState:
         0
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float):
+        if not hasattr(leaf, "shape") and not isinstance(leaf, int | float):
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} must be an array, got {leaf!r}: train the arrays "
                 "alone, in Equinox with params, rest = eqx.partition(model, eqx.is_array)"

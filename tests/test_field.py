@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from helpers import assert_close, assert_norms_close
+from helpers import assert_close, assert_norms_close, unchecked
 from jax import export
 
 import jaxsoftmax as js
@@ -196,6 +196,8 @@ def test_axes_that_name_no_classes():
     for axis in ((), (0, 0), (1, -1)):
         with pytest.raises(ValueError, match="one axis of the logits, or several different ones"):
             js.softmax(LOGITS, axis)
+    with pytest.raises(TypeError, match=r"axis must be an integer, a tuple of them.*got \[0, 1\]"):
+        unchecked(js.softmax)(LOGITS, [0, 1])
     with pytest.raises(ValueError, match=r"in \[-2, 2\).*got \(0, 2\)"):
         js.log_likelihood_cost(LOGITS, jnp.array(LABELS), axis=(0, 2))
     with pytest.raises(ValueError, match=r"shape \(\), one for each row .* along axis 0, 1"):
@@ -253,3 +255,15 @@ def test_the_head_takes_any_mix_of_dtypes(of_features, of_weights):
             # Numbers of one byte have no more than about 2⁻¹⁰ or 2⁻¹⁷ below their smallest.
             smallest = float(jnp.finfo(primal.dtype).smallest_subnormal)
             assert jnp.all(error <= 2 * coarsest * jnp.max(jnp.abs(exact)) + smallest)
+
+
+def test_features_of_64_bits_beside_a_narrow_bias():
+    with jax.enable_x64(True):
+        x, w, b = jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.zeros(3, jnp.float32)
+        for reduction in ("mean", "none"):
+            head = lambda b, r=reduction: js.linear_log_likelihood_cost(  # noqa: E731
+                x, w, b, jnp.zeros(4, int), block_size=2, reduction=r
+            ).mean()
+            gradient = jax.grad(head)(b)
+            assert gradient.dtype == jnp.float32
+            assert_close(gradient, np.array([-2 / 3, 1 / 3, 1 / 3]), ulps=2)
