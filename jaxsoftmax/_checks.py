@@ -20,7 +20,6 @@ LabelArray = Labels | list[Any] | tuple[Any, ...]
 MaskArray = Bool[Array, "..."] | Bool[np.ndarray, "..."]
 WeightArray = Num[Array, "..."] | Num[np.ndarray, "..."] | MaskArray
 
-ClassAxis = int | tuple[int, ...] | None
 Number = int | float | Num[Array, ""] | np.number
 
 MOST_CLASSES = 2**24
@@ -69,7 +68,7 @@ def as_floats(name: str, value: ArrayLike) -> Array:
     return array
 
 
-def as_logits(logits: ArrayLike, axis: ClassAxis) -> tuple[Array, tuple[int, ...]]:
+def as_logits(logits: ArrayLike, axis: Any) -> tuple[Array, tuple[int, ...]]:
     """Floating-point logits, and their class axes counted from the front."""
     array = as_floats("logits", logits)
     if array.ndim == 0:
