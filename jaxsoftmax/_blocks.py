@@ -153,7 +153,7 @@ def _in_turn(step, carry, rows, size, is_first_apart):
     scan = partial(jax.lax.scan, xs=jnp.arange(looped), unroll=looped == 1)
 
     def block(carry, start, length):
-        own = jax.tree.map(partial(_some_rows, start, length), rows)
+        own = jax.tree.map(partial(_some_rows, is_first_apart, start, length), rows)
         return step(carry, start, own)
 
     if is_first_apart:
@@ -176,8 +176,8 @@ def _in_turn(step, carry, rows, size, is_first_apart):
     )
 
 
-def _some_rows(start, count, array):
-    if array.dtype == jnp.bfloat16:
+def _some_rows(is_on_cpu, start, count, array):
+    if is_on_cpu and array.dtype == jnp.bfloat16:
         # XLA on the CPU cuts no bfloat16. It would widen all rows, once for all rounds of the loop.
         array, start = jax.lax.optimization_barrier((array, start))
     return jax.lax.dynamic_slice_in_dim(array, start, count)
