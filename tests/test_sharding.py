@@ -204,6 +204,24 @@ def test_weights_spread_by_rows_are_gathered_once():
     assert_close(actual, expected, ulps=8)
 
 
+def test_a_weight_of_an_infinite_cost_has_an_infinite_gradient_where_nothing_is_checked():
+    mesh = make_mesh((8,), UNCHECKED)
+    x, w, b, labels, v, _ = head_arguments(ROWS, FEATURES, CLASSES, jnp.float32)
+    b, labels = b.at[3].set(-jnp.inf), labels.at[5].set(3)
+    specs = P(), P(None, "data"), P("data"), P(), P()
+
+    def cost(x, w, b, labels, v, **axes):
+        head = js.linear_log_likelihood_cost
+        return head(x, w, b, labels, sample_weight=v, reduction="sum", block_size=3, **axes)
+
+    expected = jax.grad(cost, 4)(x, w, b, labels, v)
+    assert jnp.isposinf(expected[5])
+    on_mesh = as_called(cost, UNCHECKED, specs, P(), None, "data")
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(on_mesh, 4))(x, w, b, labels, v)
+    assert_close(gradient, expected, ulps=8)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_on_a_mesh(kind):
     mesh = make_mesh((2, 4), kind)
