@@ -47,6 +47,7 @@ from ._rows import (
     sum_over_classes,
     sums_and_kept,
     sums_without,
+    winner,
 )
 from ._softmax import (
     Row,
@@ -473,7 +474,7 @@ def _label_cost_bwd(plan, residuals, cotangents):
     kept, sums = residuals
     d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in whole(cotangents, axes))
     at_label = d_log_sum * share(sums.own, sums.others) - d_cost * share(sums.others, sums.own)
-    at_others = scaled_exponentials(axes, kept, sums.maximum, (d_cost + d_log_sum) / sums.total)
+    at_others = _scaled_shares(axes, kept, sums, d_cost + d_log_sum)
     gradient = jnp.where(is_class(kept, sums.number), at_label, at_others)
     # A row that nobody counts has cotangents 0, whatever it holds: select, since 0 · NaN is NaN.
     ignored = (d_cost == 0) & (d_log_sum == 0) & ~_is_positive(sums.total)
@@ -481,6 +482,23 @@ def _label_cost_bwd(plan, residuals, cotangents):
 
 
 _label_cost.defvjp(_label_cost_fwd, _label_cost_bwd)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _scaled_shares(_axes, kept, sums, factor):
+    """The factor times a_k for each class k but the label."""
+    return scaled_exponentials(kept, sums.maximum, factor / sums.total)
+
+
+@_scaled_shares.defjvp
+def _scaled_shares_jvp(axes, primals, tangents):
+    (kept, sums, factor), (d_logits, _, d_factor) = primals, tangents
+    a = _scaled_shares(axes, kept, sums, jnp.ones_like(factor))
+    a = jnp.where(is_class(a, sums.number), share(sums.own, sums.others), a)
+    leader = winner(axes, a) - first_class(a, axes)
+    # The softmax's Jacobian is symmetric.
+    d_a = pull_back_softmax(a, leader, d_logits.astype(a.dtype), axes)
+    return _scaled_shares(axes, *primals), factor * d_a + d_factor * a
 
 
 def _from_sums(sums):

@@ -99,6 +99,20 @@ def test_classes_that_are_nothing_alone_add_up():
     assert_relative(-js.log_softmax(z)[:, label], cost, eps_multiple=8)
 
 
+@pytest.mark.parametrize("others", [[0, -8], [0, -8, -9, -10, -12], [0, *[-11] * 30], [0, *[-15] * 2000]])
+def test_what_is_nothing_beside_a_small_sum_still_counts(others):
+    z = np.array([[ahead, *others] for ahead in (72, 75, 80, 84)], np.float32)
+    label = jnp.zeros(len(z), jnp.int32)
+    cost, gradient = oracle.many_classes(z, 0)
+    for y in (label, jax.nn.one_hot(label, z.shape[1])):
+        found, slope = cost_and_gradient(jnp.asarray(z), y)
+        alone = js.log_likelihood_cost(z, y, reduction="none")
+        assert_relative(found, cost, eps_multiple=8)
+        assert_relative(alone, cost, eps_multiple=8)
+        assert_relative(slope, gradient, eps_multiple=8)
+    assert_relative(-js.log_softmax(z)[:, 0], cost, eps_multiple=8)
+
+
 def test_the_learning_slowdown():
     wrong_and_saturated, label = jnp.array([20.0, 0.0]), jnp.array(1)
     quadratic = jax.grad(js.quadratic_cost)(wrong_and_saturated, label)
@@ -210,15 +224,16 @@ def test_long_rows_of_weight_zero_may_hold_nan_at_the_label(cost, soft, shape, d
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_second_derivatives_by_the_label_are_exact(soft):
+def test_second_derivatives_are_exact(soft):
     label = jnp.array([0.0, 1.0, *[0.0] * 8]) if soft else jnp.array(1)
     for hessian in (jax.hessian, lambda f: jax.jacrev(jax.jacrev(f))):
         of_rows = jax.jit(hessian(lambda z: js.log_likelihood_cost(z, label)))
-        for behind in (-30.0, 0.0, 17.0, 60.0):
+        for behind, leads in ((-30, 0), (0, 0), (17, 0), (60, 0), (0, 40), (-30, 60), (60, 5)):
             z = np.linspace(0, 1, 10).astype(np.float32)
             z[1] -= np.float32(behind)
-            truth = oracle.softmax_jacobian(z.astype(np.float64))[1]
-            assert_relative(of_rows(jnp.asarray(z))[1], truth, eps_multiple=16)
+            z[4] += np.float32(leads)
+            truth = oracle.softmax_jacobian(z.astype(np.float64))
+            assert_relative(of_rows(jnp.asarray(z)), truth, eps_multiple=16)
 
 
 def test_logits_so_large_that_neighbours_are_far_apart():
