@@ -3,6 +3,7 @@
 import inspect
 import math
 import operator
+import reprlib
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, TypeVar, cast
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, Num
 
 FloatArray = Float[Array, "..."] | Float[np.ndarray, "..."]
@@ -57,9 +57,17 @@ def with_hints(function: Function) -> Function:
     return cast(Function, called)
 
 
-def as_floats(name: str, value: ArrayLike) -> Array:
+def as_array(name: str, value: Any, what: str = "an array of numbers") -> Array:
+    """`value` as an array, of whatever dtype."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} must be {what}, got {reprlib.repr(value)}") from error
+
+
+def as_floats(name: str, value: Any) -> Array:
     """`value` as an array of real floating-point numbers."""
-    array = jnp.asarray(value)
+    array = as_array(name, value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"{name} must be real floating-point numbers, got {array.dtype}: "
@@ -68,13 +76,15 @@ def as_floats(name: str, value: ArrayLike) -> Array:
     return array
 
 
-def as_logits(logits: ArrayLike, axis: Any) -> tuple[Array, tuple[int, ...]]:
+def as_logits(logits: Any, axis: Any) -> tuple[Array, tuple[int, ...]]:
     """Floating-point logits, and their class axes counted from the front."""
     array = as_floats("logits", logits)
     if array.ndim == 0:
         raise ValueError("logits must have a class axis, got a scalar: pass shape (*batch, classes)")
     given = range(array.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     try:
+        if any(isinstance(each, bool) for each in given):
+            raise TypeError
         axes = [operator.index(each) for each in given]
     except TypeError:
         raise TypeError(
@@ -135,9 +145,9 @@ def arithmetic_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def as_where(where: ArrayLike, shape: tuple[Any, ...]) -> Array:
+def as_where(where: Any, shape: tuple[Any, ...]) -> Array:
     """The mask of the classes that exist, in the logits' full shape."""
-    mask = jnp.asarray(where)
+    mask = as_array("where", where, "a bool mask of the classes that exist")
     if mask.dtype != jnp.bool_:
         raise TypeError(f"where must be a bool mask of the classes that exist, got {mask.dtype}")
     try:
@@ -147,10 +157,10 @@ def as_where(where: ArrayLike, shape: tuple[Any, ...]) -> Array:
 
 
 def as_labels(
-    labels: ArrayLike | list[Any] | tuple[Any, ...],
+    labels: Any,
     shape: tuple[Any, ...],
     axes: tuple[int, ...],
-    weight: ArrayLike | None,
+    weight: Any,
     num_classes: Any = None,
 ) -> Array:
     """Labels for logits of `shape`: int32 (*batch), −1 for one that names no class, or probabilities.
@@ -158,7 +168,7 @@ def as_labels(
     Probabilities have their classes last. Where `weight` is 0 the label may be anything. Integer labels
     name one of the first `num_classes` classes, of all if None.
     """
-    array = jnp.asarray(labels)
+    array = as_array("labels", labels, "integers (one class per example) or probabilities")
     batch = batch_of(shape, axes)
     classes = class_size(shape, axes) if num_classes is None else num_classes
     if jnp.issubdtype(array.dtype, jnp.integer):
@@ -191,7 +201,7 @@ def as_labels(
     )
 
 
-def _check_range(labels: Any, classes: Any, weight: ArrayLike | None) -> None:
+def _check_range(labels: Any, classes: Any, weight: Any) -> None:
     if not (is_known(labels) and (weight is None or is_known(weight))):
         return
     known = np.asarray(labels)
@@ -219,9 +229,9 @@ def is_known(value: Any) -> bool:
     return not isinstance(value, jax.Array) or value.is_fully_addressable
 
 
-def as_weights(sample_weight: ArrayLike, batch: tuple[Any, ...], dtype: jax.typing.DTypeLike) -> Array:
+def as_weights(sample_weight: Any, batch: tuple[Any, ...], dtype: jax.typing.DTypeLike) -> Array:
     """`sample_weight` broadcast to one number for each example; a bool mask becomes 0 and 1."""
-    array = jnp.asarray(sample_weight)
+    array = as_array("sample_weight", sample_weight)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"sample_weight must be real numbers or a bool mask, got {array.dtype}")
     if array.shape != batch:
@@ -234,15 +244,15 @@ def as_weights(sample_weight: ArrayLike, batch: tuple[Any, ...], dtype: jax.typi
     return array.astype(dtype)
 
 
-def as_class_weight(class_weight: ArrayLike, classes: Any, dtype: jax.typing.DTypeLike) -> Array:
+def as_class_weight(class_weight: Any, classes: Any, dtype: jax.typing.DTypeLike) -> Array:
     """`class_weight` as one number for each class."""
-    array = jnp.asarray(class_weight)
+    array = as_array("class_weight", class_weight)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"class_weight must be real numbers, got {array.dtype}")
     if array.shape != (classes,):
         raise ValueError(
             f"class_weight must have shape ({classes},), one for each class, got {array.shape}"
         )
-    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise TypeError(f"class_weight must be real numbers, got {array.dtype}")
     return array.astype(dtype)
 
 
@@ -254,7 +264,7 @@ def as_number(
     positive: bool = False,
 ) -> Any:
     """`value` as a scalar from 0 on, or positive and finite; arrays in `dtype`, Python numbers kept."""
-    array = jnp.asarray(value)
+    array = as_array(name, value, "a real number")
     kinds = (jnp.floating, jnp.integer)
     if array.ndim or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise TypeError(f"{name} must be a real scalar, got {array.dtype} of shape {array.shape}")
@@ -267,10 +277,10 @@ def as_number(
 
 
 def as_normalizer(
-    reduction: str, normalizer: Any, sample_weight: Any, dtype: jax.typing.DTypeLike
+    reduction: Any, normalizer: Any, sample_weight: Any, dtype: jax.typing.DTypeLike
 ) -> Any:
     """What "mean" divides by, if it is given; else the sum of the weights must be of use for it."""
-    if reduction not in ("mean", "sum", "none"):
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if normalizer is None:
         if reduction == "mean" and sample_weight is not None and is_known(sample_weight):

@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import operator
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +35,8 @@ def without_custom_rules(function: Callable[..., Any], jvp: bool = False) -> Cal
         no longer there to be removed.
 
     Raises:
-        TypeError: From the returned function, if a result is not an array.
+        TypeError: If `function` cannot be called; from the returned function, if a result is not an
+            array.
 
     Example:
         >>> @jax.custom_vjp
@@ -44,6 +46,7 @@ def without_custom_rules(function: Callable[..., Any], jvp: bool = False) -> Cal
         >>> float(jax.grad(double)(1.0)), float(jax.grad(without_custom_rules(double))(1.0))
         (3.0, 2.0)
     """
+    _refuse_uncallable(function=function)
 
     @functools.wraps(function)
     def plain(*args, **kwargs):
@@ -252,6 +255,8 @@ def compare_gradients(
         count as equal to themselves and as infinitely far from anything else.
 
     Raises:
+        TypeError: If `function` or `reference` cannot be called, or `argnums` holds another thing than
+            integers.
         ValueError: If there is nothing to differentiate, `argnums` is out of range, the outputs' shapes
             differ, or `precision` is another.
 
@@ -261,6 +266,7 @@ def compare_gradients(
         >>> [(row.kind, row.path, row.shape) for row in comparison.rows]
         [('value', 'output', (1,)), ('gradient', 'x', (1,))]
     """
+    _refuse_uncallable(function=function, reference=reference or function)
     if precision not in ("float64", "float32"):
         raise ValueError(f"precision must be 'float64' or 'float32', got {precision!r}")
     key = jax.random.key(0) if key is None else key
@@ -439,9 +445,18 @@ def _like(cotangents: list[Any], outputs: list[Any]) -> list[Any]:
     return [c.astype(output.dtype) for c, output in zip(cotangents, outputs, strict=True)]
 
 
-def _positions(argnums: int | np.integer | Sequence[int], count: int) -> list[int]:
+def _refuse_uncallable(**functions: Any) -> None:
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {reprlib.repr(function)}")
+
+
+def _positions(argnums: Any, count: int) -> list[int]:
     """`argnums` counted from the front."""
-    numbers = [operator.index(n) for n in (argnums if isinstance(argnums, Sequence) else [argnums])]
+    try:
+        numbers = [operator.index(n) for n in (argnums if isinstance(argnums, Sequence) else [argnums])]
+    except TypeError:
+        raise TypeError(f"argnums must be an integer or several, got {argnums!r}") from None
     if not all(-count <= n < count for n in numbers):
         raise ValueError(f"argnums must be in [{-count}, {count}) for {count} arguments, got {argnums}")
     return [n % count for n in numbers]

@@ -18,8 +18,10 @@ Axes = tuple[str, ...]
 # another device's class is negative or beyond the last.
 
 
-def as_axes(name: str, axis: MeshAxis) -> Axes:
+def as_axes(name: str, axis: Any) -> Axes:
     """Names of mesh axes, as many as are given."""
+    if not isinstance(axis, str | Iterable | None):
+        raise TypeError(f"{name} must be the name of an axis of the mesh, or several, got {axis!r}")
     axes = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
     known = jax.sharding.get_abstract_mesh().axis_names
     unknown = [each for each in axes if each not in known]
@@ -36,7 +38,7 @@ def varying(array: ArrayLike) -> frozenset[str]:
     return jax.typeof(array).mat.varying
 
 
-def spread_over(what: str, array: Array, name: str, axis: MeshAxis) -> Axes:
+def spread_over(what: str, array: Array, name: str, axis: Any) -> Axes:
     """The mesh axes, inside a `jax.shard_map`, that an array is spread over."""
     axes = as_axes(name, axis)
     inside = jax.sharding.get_abstract_mesh().manual_axes
@@ -159,7 +161,7 @@ class Places(NamedTuple):
     is_outside: bool  # Of `jax.shard_map`, so that arrays have their full shapes.
 
 
-def places_of(x: Array, w: Array, batch_axis: MeshAxis, class_axis: MeshAxis) -> Places:
+def places_of(x: Array, w: Array, batch_axis: Any, class_axis: Any) -> Places:
     """Where features and weights are, as the axes given tell or else the arrays' types."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes:

@@ -132,7 +132,8 @@ def logits(
         >>> logits(network, jnp.ones((5, 4))).shape
         (5, 3)
     """
-    hidden_inputs = _apply(network.hidden, _as_examples(network, x))
+    x = _as_examples(network, x)
+    hidden_inputs = _apply(network.hidden, x)
     return _apply(network.output, activation(hidden_inputs))
 
 
@@ -301,6 +302,8 @@ def _gradient(layer, x, d_output):
 
 
 def _as_examples(network, x):
+    if not isinstance(network, Network):
+        raise TypeError(f"network must be a Network, as init_network makes one, got {type(network)}")
     array = as_floats("x", x)
     features = network.hidden.weights.shape[0]
     if array.ndim == 0 or array.shape[-1] != features:

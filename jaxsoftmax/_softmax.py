@@ -309,7 +309,7 @@ def _along_last(kernel, logits, axis, where, class_axis, masked):
     return _of_existing((kernel, axes, axis, masked), z, exists)
 
 
-def as_spread_logits(logits: Any, axis: Any, class_axis: MeshAxis) -> tuple[Array, tuple[int, ...], Axes]:
+def as_spread_logits(logits: Any, axis: Any, class_axis: Any) -> tuple[Array, tuple[int, ...], Axes]:
     """Logits, the axes of their classes, and the axes of the mesh over which these are spread."""
     array, axis = as_logits(logits, axis)
     axes = spread_over("logits", array, "class_axis", class_axis)

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,12 +46,14 @@ def init_state(params: PyTree, optimizer: Optimizer) -> TrainState:
         NaN among the parameters stays there.
 
     Raises:
-        TypeError: If a leaf is no array and no number, such as a function of an Equinox module.
+        TypeError: If a leaf is no array and no number, such as a function of an Equinox module, or
+            `optimizer` is none.
 
     Example:
         >>> int(init_state({"w": jnp.ones(3)}, optax.adam(1e-3)).step)
         0
     """
+    _check(optimizer)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not hasattr(leaf, "shape") and not isinstance(leaf, int | float):
             raise TypeError(
@@ -76,7 +79,8 @@ def make_step(
         is returned, and NaN goes into the parameters.
 
     Raises:
-        TypeError: From the returned function, if `cost` does not return a scalar.
+        TypeError: If `cost` is no function or `optimizer` none of optax; from the returned function, if
+            `state` is no `TrainState` or `cost` does not return a scalar.
 
     Example:
         >>> step = make_step(lambda w, x: jnp.sum((w - x) ** 2), optax.sgd(0.5))
@@ -84,6 +88,7 @@ def make_step(
         >>> float(state.params), float(cost)
         (3.0, 9.0)
     """
+    _check(optimizer, cost)
     return jax.jit(lambda state, batch: _step(cost, optimizer, state, batch))
 
 
@@ -110,8 +115,8 @@ def make_epoch(
         memory instead, wrap it as `jax.jit(epoch, donate_argnums=0)`.
 
     Raises:
-        TypeError: If `batch_size` is not an integer; from the returned function, if `cost` does not
-            return a scalar.
+        TypeError: If `cost` is no function, `optimizer` none of optax, or `batch_size` not an integer;
+            from the returned function, if `state` is no `TrainState` or `cost` does not return a scalar.
         ValueError: If `batch_size` is below 1; from the returned function, if there are no examples or
             the arrays in `data` disagree about how many there are.
 
@@ -123,6 +128,7 @@ def make_epoch(
         >>> int(state.step), costs.shape
         (3, (3,))
     """
+    _check(optimizer, cost)
     try:
         batch_size = operator.index(batch_size)
     except TypeError:
@@ -171,7 +177,18 @@ def _examples(array, indices):
     return array.at[indices].get(out_sharding=jax.sharding.NamedSharding(place.mesh, spec))
 
 
+def _check(optimizer, cost=print):
+    if not callable(cost):
+        raise TypeError(f"cost must be a function of parameters and batch, got {reprlib.repr(cost)}")
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"optimizer must be one of optax, for example optax.adam(1e-3), got {reprlib.repr(optimizer)}"
+        )
+
+
 def _step(cost, optimizer, state, batch):
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state must be a TrainState, as init_state makes one, got {type(state)}")
     value, gradient = jax.value_and_grad(cost)(state.params, batch)
     # What line searches and schedules that follow the cost ask for; others take no notice of it.
     extra = {"value": value, "grad": gradient, "value_fn": lambda params: cost(params, batch)}

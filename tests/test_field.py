@@ -267,3 +267,53 @@ def test_features_of_64_bits_beside_a_narrow_bias():
             gradient = jax.grad(head)(b)
             assert gradient.dtype == jnp.float32
             assert_close(gradient, np.array([-2 / 3, 1 / 3, 1 / 3]), ulps=2)
+
+
+def test_an_argument_of_the_wrong_kind_is_named():
+    x, w, labels = jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.array(LABELS)
+    softmax, cost, head = map(
+        unchecked, (js.softmax, js.log_likelihood_cost, js.linear_log_likelihood_cost)
+    )
+    init_state, make_step, make_epoch = map(unchecked, (js.init_state, js.make_step, js.make_epoch))
+    logits, compare = unchecked(js.logits), unchecked(js.compare_gradients)
+    sgd, network = optax.sgd(0.1), js.init_network(jax.random.key(0), 2, 3, 4)
+    wrong = {
+        "logits": lambda bad: softmax(bad),
+        "where": lambda bad: softmax(LOGITS, where=bad),
+        "axis": lambda bad: softmax(LOGITS, axis=bad),
+        "class_axis": lambda bad: softmax(LOGITS, class_axis=bad),
+        "labels": lambda bad: cost(LOGITS, bad),
+        "sample_weight": lambda bad: cost(LOGITS, labels, sample_weight=bad),
+        "class_weight": lambda bad: cost(LOGITS, labels, class_weight=bad),
+        "label_smoothing": lambda bad: cost(LOGITS, labels, label_smoothing=bad),
+        "reduction": lambda bad: cost(LOGITS, labels, reduction=bad),
+        "normalizer": lambda bad: cost(LOGITS, labels, normalizer=bad),
+        "features": lambda bad: head(bad, w, None, labels),
+        "weights": lambda bad: head(x, bad, None, labels),
+        "bias": lambda bad: head(x, w, bad, labels),
+        "softcap": lambda bad: head(x, w, None, labels, softcap=bad),
+        "batch_axis": lambda bad: head(x, w, None, labels, batch_axis=bad),
+        "block_size": lambda bad: head(x, w, None, labels, block_size=bad),
+        "x": lambda bad: logits(network, bad),
+        "network": lambda bad: logits(bad, x),
+        "params": lambda bad: init_state(bad, sgd),
+        "optimizer": lambda bad: init_state(x, bad),
+        "cost": lambda bad: make_step(bad, sgd),
+        "batch_size": lambda bad: make_epoch(lambda params, _: params.sum(), sgd, bad),
+        "function": lambda bad: compare(bad, x),
+        "argnums": lambda bad: compare(jnp.sin, x, argnums=bad),
+    }
+    needed = {
+        "logits", "labels", "label_smoothing", "reduction", "features", "weights", "x", "network",
+        "optimizer", "cost", "batch_size", "function",
+    }  # fmt: skip
+    for name, call in wrong.items():
+        for bad in (*[None] * (name in needed), object(), {1.5}, 1j, "text"):
+            with pytest.raises((TypeError, ValueError), match=rf"^{name}\b.* must "):
+                call(bad)
+    with pytest.raises(TypeError, match=r"^axis must be an integer"):
+        softmax(LOGITS, axis=True)
+    with pytest.raises(TypeError, match=r"^state must be a TrainState"):
+        make_step(lambda params, _: params.sum(), sgd)(x, None)
+    with pytest.raises(TypeError, match=r"^optimizer must be one of optax, .* got <function sgd"):
+        make_step(lambda params, _: params.sum(), optax.sgd)
