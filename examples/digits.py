@@ -8,8 +8,10 @@ Run `python examples/digits.py --help` for the options.
 import argparse
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,6 +91,19 @@ def accuracy(network: js.Network, examples: Examples) -> jax.Array:
     return jnp.mean(js.predict(network, examples.x) == examples.labels)
 
 
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C takes effect at the end. In the middle of XLA's compiling it can crash the process."""
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
 def train(options: argparse.Namespace, data: Data) -> tuple[js.Network, History]:
     """Trains the network with Adam, an epoch at a time, behind a progress bar."""
     key_network, key_epochs = jax.random.split(jax.random.key(options.seed))
@@ -97,7 +112,16 @@ def train(options: argparse.Namespace, data: Data) -> tuple[js.Network, History]
     def cost(network: js.Network, batch: Examples) -> jax.Array:
         return js.network_cost(network, batch.x, batch.labels, penalty=options.penalty)
 
-    epoch = js.make_epoch(cost, optimizer, options.batch_size)
+    train_once = js.make_epoch(cost, optimizer, options.batch_size)
+
+    @jax.jit
+    def epoch(
+        state: js.TrainState, training: Examples, test: Examples, number: int
+    ) -> tuple[js.TrainState, tuple[jax.Array, jax.Array, jax.Array]]:
+        state, costs = train_once(state, training, jax.random.fold_in(key_epochs, number))
+        accuracies = accuracy(state.params, training), accuracy(state.params, test)
+        return state, (jnp.mean(costs), *accuracies)
+
     network = js.init_network(key_network, data.training.x.shape[1], options.hidden, data.classes)
     run = Saved(0, js.init_state(network, optimizer), History([], [], [])._asdict())
     checkpoints = None
@@ -108,15 +132,17 @@ def train(options: argparse.Namespace, data: Data) -> tuple[js.Network, History]
         run = checkpoints.newest(run.state) or run
     history = History(**run.history)
     try:
+        with interrupts_wait():
+            print("compiling", end="\r", file=sys.stderr)
+            compiled = epoch.lower(run.state, data.training, data.test, 0).compile()
         numbers, total = range(run.epochs, options.epochs), options.epochs
         with tqdm(numbers, "training", total, initial=run.epochs, unit="epoch") as progress:
             for number in progress:
-                state, costs = epoch(run.state, data.training, jax.random.fold_in(key_epochs, number))
-                history.cost.append(float(jnp.mean(costs)))
-                history.train_accuracy.append(float(accuracy(state.params, data.training)))
-                history.test_accuracy.append(float(accuracy(state.params, data.test)))
-                progress.set_postfix(
-                    cost=f"{history.cost[-1]:.4f}", test_accuracy=f"{history.test_accuracy[-1]:.2%}"
+                state, records = compiled(run.state, data.training, data.test, number)
+                for name, record in zip(History._fields, records, strict=True):
+                    getattr(history, name).append(float(record))
+                progress.set_postfix_str(
+                    f"cost {history.cost[-1]:.4f}, test {history.test_accuracy[-1]:.2%}"
                 )
                 done = Saved(number + 1, state, history._asdict())
                 if checkpoints is not None:
@@ -352,7 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     print(f"training accuracy {history.train_accuracy[-1]:.2%} of {len(data.training.labels)} images")
     print(f"test accuracy     {history.test_accuracy[-1]:.2%} of {len(data.test.labels)} images")
     # Of so many images the gradient is computed in seconds even where there are thousands more.
-    errors = gradient_four_ways(network, jax.tree.map(lambda array: array[:2000], data.training))
+    with interrupts_wait():
+        errors = gradient_four_ways(network, jax.tree.map(lambda array: array[:2000], data.training))
     print_errors(errors)
     draw(network, history, data, options.output)
     print(f"\npicture saved to {options.output}")

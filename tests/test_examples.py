@@ -139,7 +139,7 @@ def test_digits_stops_in_words_and_goes_on(digits, tmp_path, capsys, monkeypatch
 
     digits.main([*options, "--epochs", "2"])
     with monkeypatch.context() as patch:
-        patch.setattr(digits, "accuracy", interrupt)
+        patch.setattr(digits.Checkpoints, "save", interrupt)
         with pytest.raises(SystemExit) as stopped:
             digits.main([*options, "--epochs", "4"])
     assert stopped.value.code == 130
