@@ -54,6 +54,14 @@ class History(NamedTuple):
     test_accuracy: list[float]
 
 
+class Training(NamedTuple):
+    """What is ready to run: an epoch, compiled; where it begins; and where it is kept."""
+
+    epoch: Callable
+    run: Saved
+    checkpoints: Checkpoints | None
+
+
 class Result(NamedTuple):
     """A finished run."""
 
@@ -93,7 +101,7 @@ def accuracy(network: js.Network, examples: Examples) -> jax.Array:
 
 @contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Ctrl-C takes effect at the end. In the middle of XLA's compiling it can crash the process."""
+    """Ctrl-C ends the program at the end of this. In the middle of XLA's compiling it can crash it."""
     came = []
     before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
     try:
@@ -101,11 +109,13 @@ def interrupts_wait() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
     if came:
-        raise KeyboardInterrupt
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
 
 
-def train(options: argparse.Namespace, data: Data) -> tuple[js.Network, History]:
-    """Trains the network with Adam, an epoch at a time, behind a progress bar."""
+def prepare(options: argparse.Namespace, data: Data) -> Training:
+    """A new network or one from a checkpoint, and an epoch of Adam, compiled."""
+    print("compiling", end="\r", file=sys.stderr)
     key_network, key_epochs = jax.random.split(jax.random.key(options.seed))
     optimizer = optax.adam(options.learning_rate)
 
@@ -130,15 +140,18 @@ def train(options: argparse.Namespace, data: Data) -> tuple[js.Network, History]
         settings = {name: getattr(options, name) for name in names}
         checkpoints = Checkpoints(options.checkpoint, settings | {"data": checksum(data.training)})
         run = checkpoints.newest(run.state) or run
+    return Training(epoch.lower(run.state, data.training, data.test, 0).compile(), run, checkpoints)
+
+
+def train(options: argparse.Namespace, data: Data, training: Training) -> tuple[js.Network, History]:
+    """Trains the network, an epoch at a time, behind a progress bar."""
+    epoch, run, checkpoints = training
     history = History(**run.history)
     try:
-        with interrupts_wait():
-            print("compiling", end="\r", file=sys.stderr)
-            compiled = epoch.lower(run.state, data.training, data.test, 0).compile()
         numbers, total = range(run.epochs, options.epochs), options.epochs
         with tqdm(numbers, "training", total, initial=run.epochs, unit="epoch") as progress:
             for number in progress:
-                state, records = compiled(run.state, data.training, data.test, number)
+                state, records = epoch(run.state, data.training, data.test, number)
                 for name, record in zip(History._fields, records, strict=True):
                     getattr(history, name).append(float(record))
                 progress.set_postfix_str(
@@ -369,8 +382,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> Result:
     """Trains, reports accuracy, compares gradients and saves the picture."""
     options = parse(arguments)
-    data = load(options.data)
-    network, history = train(options, data)
+    with interrupts_wait():
+        data = load(options.data)
+        training = prepare(options, data)
+    network, history = train(options, data, training)
     if not math.isfinite(history.cost[-1]):
         sys.exit(
             "training diverged: the cost is no longer finite; try a lower --learning-rate or --penalty"

@@ -145,6 +145,19 @@ def test_digits_stops_in_words_and_goes_on(digits, tmp_path, capsys, monkeypatch
     assert stopped.value.code == 130
     assert "interrupted after 2 epochs: --checkpoint" in capsys.readouterr().err
 
+    with monkeypatch.context() as patch:
+        # Pressed while it gets ready, Ctrl-C waits until it is.
+        ready = []
+        prepare = digits.prepare
+        patch.setattr(
+            digits, "prepare", lambda *a: ready.extend([signal.raise_signal(signal.SIGINT), prepare(*a)])
+        )
+        with pytest.raises(SystemExit) as stopped:
+            digits.main([*options, "--epochs", "4"])
+    assert stopped.value.code == 130
+    assert len(ready) == 2
+    assert capsys.readouterr().err.endswith("\ninterrupted\n")
+
     # A disk is full for whoever may write no file longer than 1 KiB, so here after compiling.
     program = f"""
 import resource, sys
@@ -215,7 +228,8 @@ def test_digits_from_a_folder_train_as_scikit_learns_do(example, tmp_path, capsy
         (tmp_path / f"{name}-labels{sign}idx1-ubyte.gz").write_bytes(gzip.compress(idx(part.labels)))
     options = ["--epochs", "2", "--hidden", "16", "--output", str(tmp_path / "a.png")]
     result = digits.main([*options, "--data", str(tmp_path)])
-    assert result.history == digits.train(digits.parse(options), data)[1]
+    parsed = digits.parse(options)
+    assert result.history == digits.train(parsed, data, digits.prepare(parsed, data))[1]
     assert "of 300 images" in capsys.readouterr().out
 
 
