@@ -166,8 +166,8 @@ def quadratic_cost(
 
     Its gradient ∂C/∂z_j = a_j [(a_j − y_j) − Σ_k a_k (a_k − y_k)] carries the softmax's derivative,
     which vanishes for a saturated output, right or wrong: the learning slowdown that the
-    log-likelihood cost does not have. Both factors are computed from the row's rest, so a gradient
-    that is tiny is tiny to full precision.
+    log-likelihood cost does not have. Both factors are computed from the row's rest: however small all
+    gradients of a saturated row are, the largest keeps its digits, and no other is off by more than they.
 
     Args:
         logits: As for `log_likelihood_cost`.

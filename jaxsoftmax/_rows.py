@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from ._checks import arithmetic_dtype, known_size
@@ -54,9 +53,30 @@ class RowSums(NamedTuple):
         return self.own + self.others
 
 
-def by_processor(cpu: Callable[..., Any], other: Callable[..., Any], *arguments: Any) -> Any:
-    """`cpu(*arguments)` where the program runs on a CPU, `other(*arguments)` elsewhere."""
-    return jax.lax.platform_dependent(*arguments, cpu=cpu, default=other)
+def by_processor(
+    cpu: Callable[..., Any],
+    other: Callable[..., Any],
+    *arguments: Any,
+    tpu: Callable[..., Any] | None = None,
+) -> Any:
+    """`cpu(*arguments)` where the program runs on a CPU, `other(*arguments)` elsewhere.
+
+    `tpu`, if given, is for TPUs.
+    """
+    of_tpu = {} if tpu is None else {"tpu": tpu}
+    return jax.lax.platform_dependent(*arguments, cpu=cpu, default=other, **of_tpu)
+
+
+def _of_rows(cpu, other, axes, z, *index):
+    """What a way makes of rows. Long ones go in parts on a TPU."""
+    # Of a few long rows its compiler makes a program that takes twenty to a thousand times as long: of
+    # 512 whole rows of 151,936 classes on v5e, and of 128,256 on v5p. A GPU would read parts once more.
+    is_long = is_local() and known_size(z.shape[-1]) > MOST_AT_ONCE
+    tpu = partial(other, axes, MOST_AT_ONCE) if is_long else None
+    return by_processor(partial(cpu, axes), partial(other, axes, None), z, *index, tpu=tpu)
+
+
+MOST_AT_ONCE = 2**16  # classes
 
 
 def rounded(logits: Array) -> Array:
@@ -79,25 +99,22 @@ def sum_over_classes(values: Float[Array, "*batch classes"], axes: Axes) -> Floa
     return total(jnp.sum(values, axis=-1, keepdims=True), axes)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 @partial(jax.jit, static_argnums=0)  # Outside jit each function below would be traced at every call.
 def sums_without(
     axes: Axes, logits: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]
 ) -> RowSums:
     """The sums of each row without the class at `index`; NaN where a logit is NaN or +inf."""
-    sums = by_processor(partial(_sums_on_cpu, axes), partial(_sums_elsewhere, axes), logits, index)
-    return RowSums(index, *sums)
+    sums = _of_rows(_sums_on_cpu, _sums_elsewhere, axes, logits, index)
+    return RowSums(index, *_differentiable(axes, logits, index, *sums))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 @partial(jax.jit, static_argnums=0)
 def sums_without_winner(axes: Axes, logits: Float[Array, "*batch classes"]) -> RowSums:
     """The sums of each row without the first class with the largest logit; NaN as above."""
-    ways = partial(_winner_sums_on_cpu, axes), partial(_winner_sums_elsewhere, axes)
-    return RowSums(*by_processor(*ways, logits))
+    number, *sums = _of_rows(_winner_sums_on_cpu, _winner_sums_elsewhere, axes, logits)
+    return RowSums(number, *_differentiable(axes, logits, number, *sums))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @partial(jax.jit, static_argnums=(0, 1))
 def sums_and_kept(
     axes: Axes,
@@ -110,41 +127,28 @@ def sums_and_kept(
     It may take the logits' place, if so told, and if nothing else uses them. It stands for the logits:
     its tangent is theirs.
     """
-    ways = partial(_kept_on_cpu, axes, in_place), partial(_kept_elsewhere, axes)
-    *sums, kept = by_processor(*ways, logits, index)
+    sums = _of_rows(partial(_kept_on_cpu, in_place), _kept_elsewhere, axes, logits, index)
+    *sums, kept = _differentiable(axes, logits, index, *sums)
     return RowSums(index, *sums), kept
 
 
-@sums_without.defjvp
-def _sums_without_jvp(axes, primals, tangents):
-    sums = sums_without(axes, *primals)
-    return sums, _tangent(axes, sums, primals[0], tangents[0])
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable(axes, z, index, maximum, ahead, others, *kept):
+    """What was made of z, with one derivative for all processors."""
+    del axes, z, index
+    return maximum, ahead, others, *kept
 
 
-@sums_without_winner.defjvp
-def _sums_without_winner_jvp(axes, primals, tangents):
-    sums = sums_without_winner(axes, *primals)
-    return sums, _tangent(axes, sums, *primals, *tangents)
-
-
-@sums_and_kept.defjvp
-def _sums_and_kept_jvp(axes, in_place, primals, tangents):
-    sums, kept = sums_and_kept(axes, in_place, *primals)
-    return (sums, kept), (_tangent(axes, sums, primals[0], tangents[0]), tangents[0])
-
-
-def _tangent(axes, sums, z, d_z):
-    """The tangent of a row's sums: the maximum is held fixed, so d Σ e_k = Σ e_k dz_k."""
-    m = sums.maximum
-    is_own, d_z = is_class(z, sums.number), d_z.astype(m.dtype)
+@_differentiable.defjvp
+def _differentiable_jvp(axes, primals, tangents):
+    # The maximum is held fixed, so d Σ e_k = Σ e_k dz_k.
+    (z, index, m, *others), (d_logits, *_) = primals, tangents
+    is_own, d_z = is_class(z, index), d_logits.astype(m.dtype)
     e = jnp.where(is_own, 0, jnp.exp(rounded(z.astype(m.dtype)) - m))
-    of_number: Any = np.zeros(m.shape, jax.dtypes.float0)
-    return RowSums(
-        of_number,
-        jnp.zeros_like(m),
-        sum_over_classes(jnp.where(is_own, d_z, 0), axes),
-        sum_over_classes(e * d_z, axes),
-    )
+    d_ahead = sum_over_classes(jnp.where(is_own, d_z, 0), axes)
+    d_others = sum_over_classes(e * d_z, axes)
+    d_kept = (d_logits,) * (len(others) - 2)
+    return (m, *others), (jnp.zeros_like(m), d_ahead, d_others, *d_kept)
 
 
 @jax.jit
@@ -201,10 +205,17 @@ def pick(
 # cycles of a maximum and a sum.
 
 
-def _sums_elsewhere(axes, z, index):
+def _parts(z, length):
+    """The first class of each part of the rows that is reduced at once, and the part."""
+    if length is None:
+        return [(0, z)]
+    return [(i, z[..., i : i + length]) for i in range(0, z.shape[-1], length)]
+
+
+def _sums_elsewhere(axes, length, z, index):
     def of_part(start, z):
         number, dtype = index - start, arithmetic_dtype(z.dtype)
-        is_own, wide = is_class(z, number), z.astype(dtype)
+        is_own, wide = is_class(z, number), jax.lax.stop_gradient(z).astype(dtype)
         terms = (
             jnp.where(is_own, -jnp.inf, wide),
             jnp.where(is_own, 0, jnp.ones((), dtype)),
@@ -212,7 +223,7 @@ def _sums_elsewhere(axes, z, index):
         )
         return _reduced(terms, _joined)
 
-    of_others, others, own = reduce(_joined, (of_part(*part) for part in _parts(z)))
+    of_others, others, own = reduce(_joined, (of_part(*part) for part in _parts(z, length)))
     own = total(own, axes)
     m = jnp.maximum(largest(of_others, axes), own)
     m = jnp.where(m == -jnp.inf, 0, m)
@@ -232,13 +243,13 @@ def _joined(a, b):
     return m, larger + smaller * rescale, own_a + own_b
 
 
-def _winner_sums_elsewhere(axes, z):
+def _winner_sums_elsewhere(axes, length, z):
     def of_part(start, z):
-        wide = z.astype(arithmetic_dtype(z.dtype))
+        wide = jax.lax.stop_gradient(z).astype(arithmetic_dtype(z.dtype))
         m, rest, number = _reduced((wide, jnp.zeros_like(wide), class_numbers(z)), _won)
         return number + start + first_class(z, axes), m, rest / UNIT
 
-    parts = [of_part(*part) for part in _parts(z)]
+    parts = [of_part(*part) for part in _parts(z, length)]
     own = largest(reduce(jnp.maximum, (m_part for _, m_part, _ in parts)), axes)
     last = class_count(z, axes) - 1
     numbers = (jnp.where(m_part == own, number, last) for number, m_part, _ in parts)
@@ -264,19 +275,6 @@ def _won(a, b):
 UNIT = 2.0**60  # So much is an exponential of 1, far from the smallest numbers and the largest.
 
 
-def _parts(z):
-    """The first class of each part of the rows that is reduced at once, and the part."""
-    # Of a few long rows the compiler for TPUs makes a program that takes twenty to a thousand times as
-    # long: whole, 512 rows of 151,936 classes on v5e, and of 128,256 on v5p.
-    classes = known_size(z.shape[-1])
-    if not is_local() or classes <= MOST_AT_ONCE:
-        return [(0, z)]
-    return [(i, z[..., i : i + MOST_AT_ONCE]) for i in range(0, classes, MOST_AT_ONCE)]
-
-
-MOST_AT_ONCE = 2**16  # classes
-
-
 def _reduced(terms, join):
     """The terms of each row joined to one, in whatever order the device likes; the first are maxima."""
     start = [jnp.zeros((), term.dtype) for term in terms]
@@ -285,8 +283,8 @@ def _reduced(terms, join):
     return tuple(jnp.expand_dims(each, -1) for each in joined)
 
 
-def _kept_elsewhere(axes, z, index):
-    return *_sums_elsewhere(axes, z, index), z
+def _kept_elsewhere(axes, length, z, index):
+    return *_sums_elsewhere(axes, length, z, index), z
 
 
 def _scaled_elsewhere(kept, maximum, factor):
@@ -339,11 +337,11 @@ def _sums_on_cpu(axes, z, index, of_winner=False):
 
 
 def _winner_sums_on_cpu(axes, z):
-    number = _winner_on_cpu(axes, z) - first_class(z, axes)
+    number = _winner_on_cpu(axes, jax.lax.stop_gradient(z)) - first_class(z, axes)
     return number, *_sums_on_cpu(axes, z, number, of_winner=True)
 
 
-def _kept_on_cpu(axes, in_place, z, index):
+def _kept_on_cpu(in_place, axes, z, index):
     if z.dtype != arithmetic_dtype(z.dtype):
         # Narrow logits are narrower than their exponentials.
         return *_sums_on_cpu(axes, z, index), z
@@ -398,7 +396,8 @@ def _set_zero(in_place, e, index):
 
 def _scaled_on_cpu(kept, maximum, factor):
     if kept.dtype == maximum.dtype:
-        return factor / UNIT * kept
+        # Not factor / UNIT, which may be 0. A constant would be moved there by the compiler.
+        return factor * (jnp.where(maximum == maximum, 1 / UNIT, maximum) * kept)
     return factor * jnp.exp(_settled(kept, maximum) - maximum)
 
 
@@ -406,10 +405,11 @@ def _references(axes, z, index, in_place=False):
     """The logit at `index`, and the maximum."""
     own = rounded(pick(_apart(z), index, axes).astype(arithmetic_dtype(z.dtype)))
     # The maximum may pass over NaN in long rows, or give −inf. The sums do not.
-    m = largest(_reduce_row(jnp.max, lambda z, _: z, z).astype(own.dtype), axes)
+    fixed = jax.lax.stop_gradient(z)
+    m = largest(_reduce_row(jnp.max, lambda z, _: z, fixed).astype(own.dtype), axes)
     if in_place:
         # Of the logit as well: so it is read before the exponentials take the logits' place.
-        m = jnp.maximum(m, own)
+        m = jnp.maximum(m, jax.lax.stop_gradient(own))
     return own, jnp.where(m == -jnp.inf, 0, m)
 
 

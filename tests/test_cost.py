@@ -236,6 +236,23 @@ def test_second_derivatives_are_exact(soft):
             assert_relative(of_rows(jnp.asarray(z)), truth, eps_multiple=16)
 
 
+@pytest.mark.parametrize("classes", [3, 12, 200])
+def test_a_small_cotangent_reaches_every_class(classes):
+    z = jnp.zeros(classes).at[1].set(2.0)
+    exact = oracle.log_likelihood_vjp(np.asarray(z, np.float64), np.eye(classes)[1], np.ones(1))
+    for cotangent in (1e-15, 1e-20, 1e-30, 1e15):
+        gradient = jax.jit(jax.grad(lambda z, c: c * js.log_likelihood_cost(z, 1)))(z, cotangent)
+        assert_relative(gradient / cotangent, exact, eps_multiple=8)
+
+
+def test_derivatives_of_the_cost_without_any_rule():
+    z = jnp.array([3.0, 1, 2, -4])
+    for label in (jnp.array(1), jax.nn.one_hot(1, 4)):
+        exact = oracle.log_likelihood_vjp(np.asarray(z, np.float64), np.eye(4)[1], np.ones(1))
+        plain = js.without_custom_rules(lambda z: js.log_likelihood_cost(z, label), jvp=True)  # noqa: B023
+        assert_close(jax.jit(jax.grad(plain))(z), exact, ulps=8)
+
+
 def test_logits_so_large_that_neighbours_are_far_apart():
     for z in ([1e7, 1e7 + 4], [-1e9, -1e9 + 64, -1e9 + 128], [3e38, 3e38, 1.0]):
         z = jnp.array(z, jnp.float32)

@@ -324,7 +324,7 @@ def test_narrow_operands_and_wide_sums(dtype, monkeypatch):
     # A CPU's program alone: accelerators round a whole gradient inside its product.
     with monkeypatch.context() as patch:
         for module in (_rows, _blocks):
-            patch.setattr(module, "by_processor", lambda cpu, _, *arguments: cpu(*arguments))
+            patch.setattr(module, "by_processor", lambda cpu, _, *arguments, **__: cpu(*arguments))
         jax.clear_caches()
         jaxpr = jax.make_jaxpr(jax.grad(cost, (0, 1)))(x, w, b)
     jax.clear_caches()

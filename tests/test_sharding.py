@@ -278,6 +278,28 @@ def test_classes_spread_inside_shard_map(soft, check_vma):
 
 
 @pytest.mark.parametrize("soft", [False, True])
+def test_second_derivatives_where_classes_are_spread(soft):
+    mesh = make_mesh((1, 4), AxisType.Auto)
+    logits, tangent = random_logits((3, 12), 3, jnp.float32), random_logits((3, 12), 1, jnp.float32, 5)
+    labels = random_targets((3, 12), jnp.float32) if soft else random_labels((3, 12))
+    classes = P(None, "model")
+
+    def cost(logits, class_axis=None):
+        spread = labels
+        if soft and class_axis:
+            start = 3 * jax.lax.axis_index(class_axis)
+            spread = jax.lax.dynamic_slice_in_dim(labels, start, 3, axis=1)
+        return js.log_likelihood_cost(logits, spread, class_axis=class_axis)
+
+    on_mesh = jax.shard_map(partial(cost, class_axis="model"), mesh=mesh, in_specs=classes, out_specs=P())
+    found, expected = (
+        jax.jit(lambda z, t, f=f: jax.jvp(jax.grad(f), (z,), (t,))[1])(logits, tangent)
+        for f in (on_mesh, cost)
+    )
+    assert_close(found, expected, ulps=32)
+
+
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("place", [P("data", "model"), P(None, "model"), P("data")])
 def test_quadratic_cost_on_explicit_axes(place, soft):
     mesh = make_mesh((2, 4), AxisType.Explicit)
