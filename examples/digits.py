@@ -103,7 +103,12 @@ def accuracy(network: js.Network, examples: Examples) -> jax.Array:
 def interrupts_wait() -> Iterator[None]:
     """Ctrl-C ends the program at the end of this. In the middle of XLA's compiling it can crash it."""
     came = []
-    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+
+    def wait(*_: object) -> None:
+        came.append(True)
+        print("\nstops as soon as this is compiled", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, wait)
     try:
         yield
     finally:
@@ -115,7 +120,7 @@ def interrupts_wait() -> Iterator[None]:
 
 def prepare(options: argparse.Namespace, data: Data) -> Training:
     """A new network or one from a checkpoint, and an epoch of Adam, compiled."""
-    print("compiling", end="\r", file=sys.stderr)
+    print("compiling", file=sys.stderr)
     key_network, key_epochs = jax.random.split(jax.random.key(options.seed))
     optimizer = optax.adam(options.learning_rate)
 

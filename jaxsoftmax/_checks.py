@@ -61,7 +61,7 @@ def as_array(name: str, value: Any, what: str = "an array of numbers") -> Array:
     """`value` as an array, of whatever dtype."""
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be {what}, got {reprlib.repr(value)}") from error
 
 
@@ -299,6 +299,8 @@ def as_normalizer(
 def as_count(name: str, value: Any) -> int:
     """`value` as a positive Python integer."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         count = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None

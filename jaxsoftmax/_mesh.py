@@ -20,9 +20,12 @@ Axes = tuple[str, ...]
 
 def as_axes(name: str, axis: Any) -> Axes:
     """Names of mesh axes, as many as are given."""
-    if not isinstance(axis, str | Iterable | None):
-        raise TypeError(f"{name} must be the name of an axis of the mesh, or several, got {axis!r}")
-    axes = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    try:
+        axes = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be the name of an axis of the mesh, or several, got {axis!r}"
+        ) from None
     known = jax.sharding.get_abstract_mesh().axis_names
     unknown = [each for each in axes if each not in known]
     if unknown:
