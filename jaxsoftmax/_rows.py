@@ -415,6 +415,8 @@ def _references(axes, z, index, in_place=False):
 
 def _exponentials(z, m):
     """e_k in units of 1 / UNIT, as squares: no root that counts beside 10⁻³⁸ underflows."""
+    # A maximum of their own, or the differences would be stored for whoever else takes them.
+    m = m if known_size(z.shape[-1]) <= FEW else _barrier(m)
     root = jnp.exp((_settled(z, m) - m) / 2)
     return root * (UNIT * root)
 
