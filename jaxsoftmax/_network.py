@@ -219,6 +219,9 @@ def network_cost(
         TypeError: As for `logits` and `log_likelihood_cost`.
         ValueError: As for `logits` and `log_likelihood_cost`.
 
+    Note:
+        Forward mode and second derivatives: as for `log_likelihood_cost`.
+
     Example:
         >>> network = init_network(jax.random.key(0), features=4, hidden=8, classes=3)
         >>> gradient = jax.grad(network_cost)(network, jnp.ones((5, 4)), jnp.zeros(5, int))
