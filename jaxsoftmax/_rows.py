@@ -327,8 +327,8 @@ def _sums_on_cpu(axes, z, index, of_winner=False):
         )
 
     # Where the class at index leads, the others' sum may be small. Measured from so far below, none that
-    # counts beside 10⁻³⁸ underflows, and differences are rounded to 8 eps at most. Squares are exact, and
-    # take 1.15 of the time of a cost, but 1.05 of that of a softmax.
+    # counts beside 10⁻³⁸ underflows, and differences are rounded to 8 eps at most. Squares lose
+    # less, and take 1.15 of the time of a cost alone; of a log-softmax 1.07 to 1.14 at 4,096 classes.
     low = m if of_winner else m - jnp.where(own == m, 31, 0)
     unit = 1 / UNIT if of_winner else jnp.exp(low - m)
     sums = _reduce_row(jnp.sum, others, z, low, index)

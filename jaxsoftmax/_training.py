@@ -177,9 +177,10 @@ def _examples(array, indices):
     return array.at[indices].get(out_sharding=jax.sharding.NamedSharding(place.mesh, spec))
 
 
-def _check(optimizer, cost=print):
-    if not callable(cost):
-        raise TypeError(f"cost must be a function of parameters and batch, got {reprlib.repr(cost)}")
+def _check(optimizer, *costs):
+    for cost in costs:
+        if not callable(cost):
+            raise TypeError(f"cost must be a function of parameters and batch, got {reprlib.repr(cost)}")
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
             f"optimizer must be one of optax, for example optax.adam(1e-3), got {reprlib.repr(optimizer)}"
