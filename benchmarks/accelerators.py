@@ -4,9 +4,9 @@ Compiles for TPU v5e, v6e and v5p (extra `accelerators`, Linux x86-64, Python 3.
 the compiler's own estimate of cycles, the bytes of temporaries and how deep loops stand in loops. Where
 JAX's plugin for CUDA is installed instead, does so for an H100, of which the compiler tells no time:
 there it counts the kernels that are launched, and the bytes that they read and write of the dense cost,
-in passes over the logits. These figures are compiled, not measured. On a machine with an accelerator the
-head is also timed on it. Replaces in accelerators.md, beside this file, the section of each target given:
-v5e, v6e, v5p, mesh and h100; of all whose compiler is installed if none is given.
+in passes over the logits. These figures are compiled, not measured. On a machine with an accelerator all
+is also timed on it, and compared with float64. Replaces in accelerators.md, beside this file, the section
+of each target given: v5e, v6e, v5p, mesh, h100 and measured; if none is given, of all that can be had.
 """
 
 import importlib.util
@@ -202,10 +202,10 @@ def in_tokamax(x: jax.Array, w: jax.Array, _: jax.Array, labels: jax.Array) -> j
 
 
 def of_head(bias: bool = True, **options: Any) -> Callable[..., jax.Array]:
-    """The head's cost, summed if there is one for each example."""
+    """The head's mean cost."""
 
     def cost(x, w, b, labels):
-        return js.linear_log_likelihood_cost(x, w, b if bias else None, labels, **options).sum()
+        return js.linear_log_likelihood_cost(x, w, b if bias else None, labels, **options).mean()
 
     return cost
 
@@ -310,25 +310,101 @@ def on_mesh() -> list[str]:
     return lines
 
 
-def measured() -> list[str]:
-    """Value and gradient on the accelerator that is there; nothing without one."""
-    if jax.default_backend() == "cpu":
-        return []
-    lines = ["", f"Measured on {jax.devices()[0].device_kind}: milliseconds, medians.", ""]
-    generator = np.random.default_rng(0)
-    for rows, features, classes in HEADS[:2]:
-        x, w, b = (
-            jnp.asarray(generator.normal(size=size) / features**0.25, "bfloat16")
-            for size in ((rows, features), (features, classes), (classes,))
-        )
-        arguments = x, w, b, jnp.asarray(generator.integers(0, classes, rows), jnp.int32)
-        runs = {}
-        for name, function in head_cases(rows):
+def true_head(x: jax.Array, w: jax.Array, b: jax.Array, labels: jax.Array) -> jax.Array:
+    """The cost of a layer, plainly."""
+    return optax_cost(x @ w + b, labels)
+
+
+def true_head_without_bias(x: jax.Array, w: jax.Array, b: jax.Array, labels: jax.Array) -> jax.Array:
+    """The same of one without a bias."""
+    return true_head(x, w, jnp.zeros_like(b), labels)
+
+
+# What gives the right numbers of each case if its arguments are float64.
+PLAIN = {name.removeprefix("jax.nn."): case for name, case in dense_cases() if "log_like" not in name}
+GRADIENTS = partial(jax.value_and_grad, argnums=(0, 1, 2))(true_head)
+TRUTHS = {
+    **{f"{of}{kind}": f for kind, f in PLAIN.items() for of in ("", "jax.nn.")},
+    **{name.replace("optax", "log_likelihood_cost"): f for name, f in PLAIN.items()},
+    **dict.fromkeys(
+        ["head", "jax-cce", "tokamax"],
+        partial(jax.value_and_grad, argnums=(0, 1))(true_head_without_bias),
+    ),
+    **dict.fromkeys(["head with bias", "head, none", "optax, float32 logits"], GRADIENTS),
+    "head, value": true_head,
+}
+
+
+def largest_error(found: Any, true: Any) -> float:
+    """The largest difference in any array, over the largest number of the truth in that array."""
+
+    def of(one, exact):
+        return float(jnp.abs(one.astype(exact.dtype) - exact).max() / jnp.abs(exact).max())
+
+    return max(map(of, jax.tree.leaves(found), jax.tree.leaves(true)))
+
+
+def timed(title: str, cases: Cases, arguments: list[jax.Array]) -> list[str]:
+    """The time of all cases on these arguments, and their errors."""
+    lines = ["", title, "", "| | milliseconds | over the first | error |", "|---|---|---|---|"]
+    with jax.enable_x64():
+        double = [a.astype("float64") if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arguments]
+    # To start a program takes as long as to run a small one: so several, one after the other.
+    count = 8 if len(arguments) == 2 else 2
+    runs, errors, exact = {}, {}, {}
+    for name, function in cases:
+        try:
             compiled = jax.jit(function).lower(*arguments).compile()
-            runs[name] = lambda call=compiled, given=arguments: jax.block_until_ready(call(*given))
-        for name, seconds in medians(runs, 11).items():
-            lines.append(f"- {rows} x {features} x {classes}, {name}: {seconds * 1e3:.2f}")
-            print(lines[-1], flush=True)
+            found = compiled(*arguments)
+        except Exception as error:  # A peer may not compile for it, or not fit.
+            lines.append(f"| {name} | {type(error).__name__} | | |")
+            continue
+        errors[name] = ""
+        if true := TRUTHS.get(name):
+            with jax.enable_x64():
+                if true not in exact:
+                    exact[true] = jax.jit(true)(*double)
+                errors[name] = f"{largest_error(found, exact[true]):.1e}"
+        del found
+
+        def run(call=compiled):
+            for _ in range(count - 1):
+                call(*arguments)
+            jax.block_until_ready(call(*arguments))
+
+        runs[name] = run
+    del double, exact
+    taken = medians(runs, 11)
+    first = next(iter(taken.values()))
+    for name, seconds in taken.items():
+        cells = f"{seconds / count * 1e3:.3f} | {seconds / first:.2f} | {errors[name]}"
+        lines.append(f"| {name} | {cells} |")
+    print(*lines[1:], sep="\n", flush=True)
+    return lines
+
+
+def measured() -> list[str]:
+    """Milliseconds and errors on the device that is there."""
+    lines = [
+        "",
+        f"Measured on one {jax.devices()[0].device_kind}, medians of 11. An error is the largest of the "
+        "value and of each gradient, over the largest number of that array, against float64.",
+    ]
+    keys = jax.random.split(jax.random.key(0), 4)
+    for rows, classes, dtype in DENSE:
+        z = (3 * jax.random.normal(keys[0], (rows, classes))).astype(dtype)
+        labels = jax.random.randint(keys[3], (rows,), 0, classes)
+        lines += timed(f"Logits {rows} x {classes}, {dtype}", dense_cases(), [z, labels])
+    for rows, features, classes in (HEADS[0], HEADS[1], HEADS[3]):
+        sizes = (rows, features), (features, classes), (classes,)
+        parts = [
+            # Logits of order one.
+            (jax.random.normal(key, size) / features**0.25).astype("bfloat16")
+            for key, size in zip(keys, sizes, strict=False)
+        ]
+        labels = jax.random.randint(keys[3], (rows,), 0, classes)
+        title = f"Features {rows} x {features}, {classes} classes, bfloat16"
+        lines += timed(title, head_cases(rows), [*parts, labels])
     return lines
 
 
@@ -353,24 +429,24 @@ def on_one_device(name: str) -> list[str]:
 
 
 def main() -> None:
-    """Compiles, prints and saves."""
+    """Compiles, measures, prints and saves."""
     file = HERE / "accelerators.md"
     tpus = [*TPUS, "mesh"] if importlib.util.find_spec("libtpu") else []
     gpus = ["h100"] if importlib.util.find_spec("jax_cuda13_plugin") else []
-    names = sys.argv[1:] or [*tpus, *gpus]
+    here = ["measured"] if jax.default_backend() != "cpu" else []
+    names = sys.argv[1:] or [*tpus, *gpus, *here]
     known = re.split(r"^(?=Target \w+,)", file.read_text("utf-8"), flags=re.MULTILINE)[1:]
     sections = {section.split()[1].rstrip(","): section for section in known}
     for name in names:
         print(f"\n{name}")
-        lines = on_mesh() if name == "mesh" else on_one_device(name)
+        lines = {"mesh": on_mesh, "measured": measured}.get(name, partial(on_one_device, name))()
         sections[name] = "\n".join([f"Target {name}, JAX {jax.__version__}:", *lines, "", ""])
     about = (
-        "Compiled, not measured. Cycles are what the compiler for TPUs estimates for one core: 1.5 in a "
-        "nanosecond on v5e, 1.75 on v6e and v5p; ratios are to the first row of each table. Of the H100 "
-        "launches of kernels are counted, and what they read and write, in passes over the logits.\n\n"
+        "Compiled, not measured, but for the section that says so. Cycles are what the compiler for "
+        "TPUs estimates for one core: 1.5 in a nanosecond on v5e, 1.75 on v6e and v5p; ratios are to "
+        "the first row of each table. Of the H100 launches of kernels are counted, and what they read "
+        "and write, in passes over the logits.\n\n"
     )
-    if lines := measured():
-        sections["measured"] = "\n".join([f"Target measured, JAX {jax.__version__}:", *lines, "", ""])
     file.write_text((about + "".join(sections.values())).rstrip() + "\n", encoding="utf-8")
 
 
