@@ -123,14 +123,16 @@ def compare(job: Job, epochs: int, mesh: jax.sharding.Mesh) -> None:
         params = train(job, epochs, mesh)
         checksums = multihost_utils.process_allgather(np.uint32(fingerprint(params)))
         everywhere = multihost_utils.process_allgather(params, tiled=True)
+    if jax.process_index() > 0:
+        return
     alone = train(job, epochs)
     largest = max(
         float(np.max(np.abs(a - np.asarray(b))) / np.max(np.abs(np.asarray(b))))
         for a, b in zip(jax.tree.leaves(everywhere), jax.tree.leaves(alone), strict=True)
     )
     same = "the same bits" if len(set(checksums.tolist())) == 1 else "DIFFERENT BITS"
-    say(f"{job.title}: {same} in all {len(checksums)} processes")
-    say(f"{job.title}: {largest:.1e} from one device, relative to a parameter's largest entry")
+    print(f"{job.title}: {same} in all {len(checksums)} processes", flush=True)
+    print(f"{job.title}: {largest:.1e} from one device, relative to a parameter's largest entry")
 
 
 def work(epochs: int) -> None:

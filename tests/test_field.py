@@ -1,5 +1,7 @@
 """What people met with: public bug reports, other projects' tests, the settings that people have."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,12 +120,14 @@ def values_and_gradients():
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_under_the_settings_that_people_have(settings):
-    expected = values_and_gradients()
+    expected = jax.jit(values_and_gradients)()
     before = {name: getattr(jax.config, name) for name in settings}
     try:
         for name, value in settings.items():
             jax.config.update(name, value)
-        actual = values_and_gradients()
+        actual = (
+            jax.jit(values_and_gradients) if "jax_enable_x64" in settings else values_and_gradients
+        )()
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
@@ -133,30 +137,29 @@ def test_under_the_settings_that_people_have(settings):
 def test_exports_with_symbolic_shapes():
     n, k = export.symbolic_shape("n, k")
 
-    def check(function, arguments, *shapes):
-        specs = [jax.ShapeDtypeStruct(shape, a.dtype) for shape, a in zip(shapes, arguments, strict=True)]
-        found = export.export(jax.jit(function))(*specs).call(*arguments)
-        assert_norms_close(found, jax.jit(function)(*arguments), 1e-5)
+    def check(function, shapes, *several):
+        specs = [
+            jax.ShapeDtypeStruct(shape, a.dtype) for shape, a in zip(shapes, several[0], strict=True)
+        ]
+        exported = export.export(jax.jit(function))(*specs)
+        for arguments in several:
+            assert_norms_close(exported.call(*arguments), jax.jit(function)(*arguments), 1e-5)
 
-    for classes in (4, 200):
-        z = jax.random.normal(jax.random.key(0), (5, classes))
-        labels = jnp.arange(5) % classes
-        check(js.softmax, (z,), (n, k))
-        check(jax.value_and_grad(js.log_likelihood_cost), (z, labels), (n, k), (n,))
-        check(
-            lambda z, y: js.log_likelihood_cost(z, y, label_smoothing=0.1),
-            (z, js.softmax(z)),
-            *[(n, k)] * 2,
-        )
+    few, many = (jax.random.normal(jax.random.key(0), (5, classes)) for classes in (4, 200))
+    labels = jnp.arange(5) % 4
+    check(js.softmax, [(n, k)], (few,), (many,))
+    value_and_gradient = jax.value_and_grad(js.log_likelihood_cost)
+    check(value_and_gradient, [(n, k), (n,)], (few, labels), (many, labels))
+    soft = [(z, jnp.full_like(z, 1 / z.shape[1])) for z in (few, many)]
+    check(lambda z, y: js.log_likelihood_cost(z, y, label_smoothing=0.1), [(n, k)] * 2, *soft)
     x, w = jax.random.normal(jax.random.key(1), (5, 3)), jax.random.normal(jax.random.key(2), (3, 7))
     for block_size in (None, 2):
 
         def head(x, w, labels, block_size=block_size):
             return js.linear_log_likelihood_cost(x, w, None, labels, block_size=block_size)
 
-        arguments = x, w, jnp.arange(5)
-        check(jax.value_and_grad(head, (0, 1)), arguments, (n, 3), (3, 7), (n,))
-        check(lambda x, w: js.head_statistics(x, w, None).entropy, arguments[:2], (n, 3), (3, 7))
+        check(jax.value_and_grad(head, (0, 1)), [(n, 3), (3, 7), (n,)], (x, w, jnp.arange(5)))
+    check(lambda x, w: js.head_statistics(x, w, None).entropy, [(n, 3), (3, 7)], (x, w))
 
 
 @pytest.mark.parametrize("axis", [(-2, -1), (2, 0), (1,), None])
@@ -164,32 +167,36 @@ def test_several_axes_of_classes_are_one(axis):
     z = np.random.default_rng(1).normal(size=(2, 3, 4)).astype(np.float32)
     axes = tuple(range(3)) if axis is None else axis
     exists = np.arange(24).reshape(2, 3, 4) % 5 != 1
+    probabilities, c = np.exp(z), np.cos(z)
 
     def flat(array):
-        moved = np.moveaxis(array, axes, range(-len(axes), 0))
+        moved = jnp.moveaxis(array, axes, range(-len(axes), 0))
         return moved.reshape(*moved.shape[: 3 - len(axes)], -1)
 
-    for function in (js.softmax, js.log_softmax):
-        whole, of_one = function(z, axis, exists), function(flat(z), -1, flat(exists))
-        assert_close(flat(whole), of_one, ulps=4)
-        theirs = getattr(jax.nn, function.__name__)(z, axes, where=exists)
-        assert_close(np.where(exists, whole, 0), np.where(exists, theirs, 0), ulps=8)
-        c = np.cos(z)
-        (pulled,) = jax.vjp(lambda z, f=function: f(z, axis), z)[1](c)
-        (expected,) = jax.vjp(function, flat(z))[1](flat(c))
-        assert_close(flat(pulled), expected, ulps=4)
-    probabilities, weights = np.exp(z), np.linspace(0, 2, flat(z).shape[-1], dtype=np.float32)
-    labels = np.full(flat(z).shape[:-1], weights.size - 1)
-    for cost, options in (
-        (js.log_likelihood_cost, {"class_weight": weights, "label_smoothing": 0.1}),
-        (js.quadratic_cost, {}),
-    ):
-        for given, same in ((probabilities, flat(probabilities)), (labels, labels)):
-            value = jax.value_and_grad(lambda z, y, c=cost, o=options: c(z, y, axis=axis, **o))
-            expected = jax.value_and_grad(lambda z, y, c=cost, o=options: c(z, y, **o))(flat(z), same)
-            cost_of_all, gradient = value(z, given)
-            assert_close(cost_of_all, expected[0], ulps=4)
-            assert_close(flat(gradient), expected[1], ulps=4)
+    labels = np.full(flat(z).shape[:-1], flat(z).shape[-1] - 1)
+    weights = np.linspace(0, 2, flat(z).shape[-1], dtype=np.float32)
+
+    def results(axis, z, exists, probabilities, c):
+        def cost(z, y):
+            options = {"class_weight": weights, "label_smoothing": 0.1}
+            likelihood = js.log_likelihood_cost(z, y, axis=axis, **options)
+            return likelihood + 3 * js.quadratic_cost(z, y, axis=axis)
+
+        costs, gradients = zip(
+            *(jax.value_and_grad(cost)(z, y) for y in (probabilities, labels)), strict=True
+        )
+        masked, pulled = [], []
+        for function in (js.softmax, js.log_softmax):
+            masked.append(jnp.where(exists, function(z, axis, exists), 0))
+            pulled += jax.vjp(partial(function, axis=axis), z)[1](c)
+        return costs, [*masked, *pulled, *gradients]
+
+    given = z, exists, probabilities, c
+    costs, arrays = jax.jit(partial(results, axis))(*given)
+    of_one = jax.jit(partial(results, -1))(*map(flat, given))
+    assert_close((costs, list(map(flat, arrays))), (of_one[0], tuple(of_one[1])), ulps=4)
+    for function, whole in zip((jax.nn.softmax, jax.nn.log_softmax), arrays[:2], strict=True):
+        assert_close(whole, np.where(exists, function(z, axis, where=exists), 0), ulps=8)
 
 
 def test_axes_that_name_no_classes():

@@ -12,6 +12,7 @@ from helpers import (
     assert_close,
     assert_norms_close,
     assert_relative,
+    every,
     random_labels,
     random_targets,
     unchecked,
@@ -66,44 +67,40 @@ def value_and_gradients(cost, arguments, options, cotangent, **fixed):
     return run((x, w, b, labels) if soft else (x, w, b), options)
 
 
+TOLERANCES = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 3e-2}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(jnp.float64, 1e-11), (jnp.float32, 2e-5), (jnp.bfloat16, 3e-2)],
-    ids=["float64", "float32", "bfloat16"],
+    ("number", "case"), list(enumerate(every(37, [*itertools.product(REDUCTIONS, TOLERANCES, SHAPES)])))
 )
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_equals_the_dense_cost_with_every_option(reduction, dtype, tolerance):
-    first = REDUCTIONS.index(reduction)
-    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    with jax.enable_x64(dtype == jnp.float64):
-        # Every shape meets every reduction in one dtype or another.
-        for number, (rows, classes, features) in enumerate(SHAPES[first::15]):
-            x, w, b = layer(rows, features, classes, dtype, scale=0.5)
-            shape = (rows, classes)
-            labels = random_targets(shape, wide) if number % 2 else random_labels(shape)
-            options = every_option(rows, classes, wide) if number % 3 else {}
+def test_equals_the_dense_cost_with_every_option(number, case):
+    reduction, dtype, (rows, classes, features) = case
+    wide = jnp.float64 if dtype == "float64" else jnp.float32
+    with jax.enable_x64(dtype == "float64"):
+        x, w, b = layer(rows, features, classes, dtype, scale=0.5)
+        shape = (rows, classes)
+        labels = random_targets(shape, wide) if number % 2 else random_labels(shape)
+        options = every_option(rows, classes, wide) if number % 3 else {}
 
-            def cotangent(value):
-                return jnp.asarray(np.random.default_rng(9).normal(size=value.shape), value.dtype)
+        def cotangent(value):
+            return jnp.asarray(np.random.default_rng(9).normal(size=value.shape), value.dtype)
 
-            expected = value_and_gradients(
-                dense, (x, w, b, labels), options, cotangent, reduction=reduction
-            )
-            actual = value_and_gradients(
-                js.linear_log_likelihood_cost, (x, w, b, labels), options, cotangent,
-                reduction=reduction, block_size=50,
-            )  # fmt: skip
-            assert_norms_close(actual, expected, tolerance)
+        expected = value_and_gradients(dense, (x, w, b, labels), options, cotangent, reduction=reduction)
+        actual = value_and_gradients(
+            js.linear_log_likelihood_cost, (x, w, b, labels), options, cotangent,
+            reduction=reduction, block_size=50,
+        )  # fmt: skip
+        assert_norms_close(actual, expected, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("block_size", [None, 1, 6, 7, 8, 1000])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("block_size", "reduction"), list(zip([None, 1, 6, 7, 8, 1000], ["mean", "none"] * 3, strict=True))
+)
 def test_any_block_size_and_leading_axes(block_size, reduction):
     x, w, b = layer(14, 5, 11, jnp.float32)
     labels = random_labels((14, 11))
-    expected = jax.grad(lambda x, w, b: dense(x, w, b, labels, reduction=reduction).sum(), (0, 1, 2))(
-        x, w, b
-    )
+    dense_cost = jax.jit(partial(dense, labels=labels, reduction=reduction))
+    expected = jax.jit(jax.grad(lambda *layer: dense_cost(*layer).sum(), (0, 1, 2)))(x, w, b)
 
     def cost(x, w, b):
         folded = x.reshape(2, 7, 5), w, b, labels.reshape(2, 7)
@@ -119,13 +116,12 @@ def test_a_product_wider_than_its_chunks(monkeypatch):
     x, w, b = layer(9, 5, 11, jnp.float32)
     labels = random_labels((9, 11))
     jax.clear_caches()
-    actual = jax.grad(lambda w: js.linear_log_likelihood_cost(x, w, b, labels, block_size=4))(w)
+    actual = jax.jit(jax.grad(lambda w: js.linear_log_likelihood_cost(x, w, b, labels, block_size=4)))(w)
     jax.clear_caches()
-    assert_close(actual, jax.grad(lambda w: dense(x, w, b, labels))(w), ulps=8)
+    assert_close(actual, jax.jit(jax.grad(lambda w: dense(x, w, b, labels)))(w), ulps=8)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("scale", [0.0, 1e-3])
+@pytest.mark.parametrize(("reduction", "scale"), [("mean", 1e-3), ("none", 0.0)])
 def test_padding_classes_do_not_exist(reduction, scale):
     x, w, b = layer(6, 4, 10, jnp.float32, scale=scale)
     labels = random_labels((6, 7))
@@ -137,9 +133,10 @@ def test_padding_classes_do_not_exist(reduction, scale):
             block_size=4,
         ).sum()  # fmt: skip
 
+    run = jax.jit(jax.value_and_grad(cost, (0, 1)), static_argnums=2)
     for smoothing in (0.0, 0.1):
-        value, (d_w, d_b) = jax.value_and_grad(cost, (0, 1))(*padded, 7, smoothing)
-        expected, (e_w, e_b) = jax.value_and_grad(cost, (0, 1))(w[:, :7], b[:7], None, smoothing)
+        value, (d_w, d_b) = run(*padded, 7, smoothing)
+        expected, (e_w, e_b) = run(w[:, :7], b[:7], None, smoothing)
         assert_close((value, d_w[:, :7], d_b[:7]), (expected, e_w, e_b), ulps=8)
         assert_close((d_w[:, 7:], d_b[7:]), (np.zeros((4, 3)), np.zeros(3)), ulps=0)
     with pytest.raises(ValueError, match=r"labels must be in \[0, 7\) for 7 classes, got 8 to 8"):
@@ -166,9 +163,9 @@ def test_exact_however_confident(reduction, soft):
     _, d_w, d_b = pull_back(jnp.ones_like(value))
     assert_relative(value, cost if reduction == "none" else cost.sum(), eps_multiple=8)
     assert_relative(d_w, slopes, eps_multiple=8)
+    alone = jax.jit(jax.grad(lambda b, x, y: js.linear_log_likelihood_cost(x, w, b, y)))
     for row in range(6):
-        alone = jax.grad(lambda b, row=row: js.linear_log_likelihood_cost(x[row], w, b, labels[row]))
-        assert_relative(alone(jnp.zeros(10)), slopes[row], eps_multiple=32)
+        assert_relative(alone(jnp.zeros(10), x[row], labels[row]), slopes[row], eps_multiple=32)
     assert_close(d_b, slopes.astype(np.float64).sum(0), ulps=4)
 
 
@@ -296,8 +293,9 @@ def test_few_classes_and_many_rows():
     assert_close(*(jax.jit(partial(results, cost))() for cost in costs), ulps=16)
 
 
-@pytest.mark.parametrize(("loss_scale", "scale"), [(2.0**-6, 0.3), (2.0**18, 2.0**-8)])
-@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize(
+    ("loss_scale", "scale", "reduction"), [(2.0**-6, 0.3, "none"), (2.0**18, 2.0**-8, "sum")]
+)
 def test_float16_keeps_its_digits_however_the_loss_is_scaled(loss_scale, scale, reduction):
     # The logits' gradient would be subnormal in float16, or infinite.
     x, w, _ = (part.astype(jnp.float16) for part in layer(12, 8, 20_000, jnp.float32, scale=scale))
@@ -337,11 +335,11 @@ def test_narrow_operands_and_wide_sums(dtype, monkeypatch):
         assert equation.outvars[0].aval.dtype == jnp.float32
     with jax.enable_x64(True):
         exact = [jnp.asarray(part, jnp.float64) for part in (x, w, b)]
-        expected = jax.grad(lambda *a: dense(*a, labels, reduction="sum"), (0, 1, 2))(*exact)
-    actual = jax.grad(cost, (0, 1, 2))(x, w, b)
+        expected = jax.jit(jax.grad(lambda *a: dense(*a, labels, reduction="sum"), (0, 1, 2)))(*exact)
+    actual = jax.jit(jax.grad(cost, (0, 1, 2)))(x, w, b)
     assert [part.dtype for part in actual] == [dtype] * 3
     rows = jax.nn.one_hot(labels, 30, dtype=dtype)
-    by_rows = jax.grad(lambda y: js.linear_log_likelihood_cost(x, w, b, y, block_size=4))(rows)
+    by_rows = jax.jit(jax.grad(lambda y: js.linear_log_likelihood_cost(x, w, b, y, block_size=4)))(rows)
     assert by_rows.dtype == dtype
     # The logits' gradient is rounded before its products; sixteen blocks add no error of their own.
     assert_norms_close([a.astype(jnp.float32) for a in actual], [np.float32(e) for e in expected], 4e-3)
