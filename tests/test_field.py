@@ -83,10 +83,12 @@ def test_a_weight_with_an_axis_too_many():
 
 
 SETTINGS = {
-    "no NaN, no infinity": {"jax_debug_nans": True, "jax_debug_infs": True},
+    "nothing tolerated": {
+        "jax_debug_nans": True, "jax_debug_infs": True, "jax_enable_x64": True,
+        "jax_numpy_rank_promotion": "raise",
+    },
     "no jit": {"jax_disable_jit": True},
-    "64 bits, ranks told": {"jax_enable_x64": True, "jax_numpy_rank_promotion": "raise"},
-}
+}  # fmt: skip
 
 
 def values_and_gradients():
@@ -95,7 +97,6 @@ def values_and_gradients():
     rows, exists = jnp.full((3, 4), 0.25, jnp.float32), jnp.arange(4) < 4
     weights = {"sample_weight": bias[:3], "class_weight": bias}
     options = {**weights, "label_smoothing": 0.1, "z_loss": 0.1}
-    network = js.init_network(jax.random.key(0), 4, 3, 4, jnp.float32)
 
     def cost(z, rows):
         of_labels = js.log_likelihood_cost(z, labels, where=exists, **options)
@@ -113,8 +114,6 @@ def values_and_gradients():
         jax.value_and_grad(cost, (0, 1))(z, rows),
         jax.value_and_grad(head, (0, 1, 2))(z, w, bias),
         statistics._replace(prediction=None),
-        jax.value_and_grad(js.network_cost)(network, z, labels),
-        js.backpropagate(network, z, labels),
     )
 
 
@@ -125,9 +124,7 @@ def test_under_the_settings_that_people_have(settings):
     try:
         for name, value in settings.items():
             jax.config.update(name, value)
-        actual = (
-            jax.jit(values_and_gradients) if "jax_enable_x64" in settings else values_and_gradients
-        )()
+        actual = values_and_gradients()
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
@@ -162,7 +159,7 @@ def test_exports_with_symbolic_shapes():
     check(lambda x, w: js.head_statistics(x, w, None).entropy, [(n, 3), (3, 7)], (x, w))
 
 
-@pytest.mark.parametrize("axis", [(-2, -1), (2, 0), (1,), None])
+@pytest.mark.parametrize("axis", [(2, 0), (1,), None])
 def test_several_axes_of_classes_are_one(axis):
     z = np.random.default_rng(1).normal(size=(2, 3, 4)).astype(np.float32)
     axes = tuple(range(3)) if axis is None else axis
