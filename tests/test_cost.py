@@ -121,6 +121,18 @@ def test_what_is_nothing_beside_a_small_sum_still_counts(others):
     assert_relative(-js.log_softmax(z)[:, 0], cost, eps_multiple=8)
 
 
+def test_labels_that_are_nearly_one_hot_keep_what_is_left():
+    # At the winner, a (1 − t) and t (1 − a) are both small: neither may be a difference of large numbers.
+    z, labels = np.array([[40.0, 0, 0, 1]] * 2, np.float32), np.eye(4, dtype=np.float32)[[0, 3]]
+    labels[:, 1] = 3e-9
+    _, gradient = cost_and_gradient(jnp.asarray(z), jnp.asarray(labels))
+    truth = oracle.log_likelihood_vjp(z, labels, np.ones((2, 1)))
+    assert_relative(gradient, truth, eps_multiple=8)
+    (pulled,) = jax.jit(lambda z, c: jax.vjp(js.log_softmax, z)[1](c))(z, labels)
+    truth = oracle.log_softmax_vjp(z, labels)
+    assert_relative(pulled, truth, eps_multiple=8)
+
+
 def test_the_learning_slowdown():
     wrong_and_saturated, label = jnp.array([20.0, 0.0]), jnp.array(1)
     quadratic = jax.grad(js.quadratic_cost)(wrong_and_saturated, label)
