@@ -131,8 +131,8 @@ def compare(job: Job, epochs: int, mesh: jax.sharding.Mesh) -> None:
         for a, b in zip(jax.tree.leaves(everywhere), jax.tree.leaves(alone), strict=True)
     )
     same = "the same bits" if len(set(checksums.tolist())) == 1 else "DIFFERENT BITS"
-    print(f"{job.title}: {same} in all {len(checksums)} processes", flush=True)
-    print(f"{job.title}: {largest:.1e} from one device, relative to a parameter's largest entry")
+    say(f"{job.title}: {same} in all {len(checksums)} processes")
+    say(f"{job.title}: {largest:.1e} from one device, relative to a parameter's largest entry")
 
 
 def work(epochs: int) -> None:

@@ -201,11 +201,12 @@ def pick(
 # cycles of a maximum and a sum.
 
 
-# Long rows. Of a few of them the compiler for TPUs makes a program that takes twenty to a thousand times
-# as long: of 512 whole rows of 151,936 classes on v5e, and of 128,256 on v5p. They are reduced slice by
-# slice. That for GPUs cuts a row into parts of 256 classes, eight for a thread, and joins the threads in
-# five steps more. Measured on an H100 the sums took 1.17 to 1.28 of the time of parts of 32 kB, and value
-# and gradient 1.06 to 1.12. A TPU would copy what is cut so, and a GPU read the slices once more.
+# Long rows. Of a few of them the compiler for TPUs makes a program that takes twenty to a thousand
+# times as long: of 512 whole rows of 151,936 classes on v5e, and of 128,256 on v5p. So a TPU goes
+# through them slice by slice. The compiler for GPUs cuts a row into parts of 256 classes, eight for
+# a thread, and joins the threads in five steps more. Measured on an H100 the sums took 1.17 to 1.28
+# of the time of parts of 32 kB, and value and gradient 1.06 to 1.12. A TPU would copy what is cut
+# so, and a GPU read the slices once more.
 
 MOST_BYTES = 2**15  # of a row that is reduced at once
 MOST_AT_ONCE = 2**16  # classes of a slice

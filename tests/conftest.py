@@ -23,8 +23,8 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# HYPOTHESIS_PROFILE=nightly looks twenty times as long, and at every case of the large tables.
-hypothesis.settings.register_profile("default", max_examples=100, deadline=None)
+# HYPOTHESIS_PROFILE=nightly looks ten times as long, and at every case of the large tables.
+hypothesis.settings.register_profile("default", max_examples=200, deadline=None)
 hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

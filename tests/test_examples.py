@@ -115,7 +115,9 @@ def flipped(file):
 
 # Where a read fails, orbax leaves tasks that Python complains about when it finds them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", [flipped, lambda file: file.unlink()])
+@pytest.mark.parametrize(
+    "damage", [flipped, lambda file: os.truncate(file, 100), lambda file: file.unlink()]
+)
 def test_digits_goes_on_from_the_checkpoint_before_a_damaged_one(digits, tmp_path, capsys, damage):
     def run(epochs):
         return digits.main([*SMALL, "--epochs", str(epochs), "--checkpoint", str(tmp_path / "run")])
@@ -450,9 +452,9 @@ def test_language_model_refuses_nonsense_and_says_when_training_diverged(
 
 @pytest.mark.parametrize("framework", ["flax_nnx", "equinox_mlp"])
 def test_frameworks_learn_the_same_with_one_line_changed(example, framework):
-    accuracy, difference = example(framework).main(["--epochs", "8"])
+    accuracy, difference = example(framework).main([])
     assert list(accuracy) == list(difference) == ["optax_cost", "dense_cost", "head_cost"]
-    assert min(accuracy.values()) >= 0.95
+    assert min(accuracy.values()) >= 0.97
     assert max(difference.values()) < 1e-6
 
 

@@ -97,6 +97,7 @@ def values_and_gradients():
     rows, exists = jnp.full((3, 4), 0.25, jnp.float32), jnp.arange(4) < 4
     weights = {"sample_weight": bias[:3], "class_weight": bias}
     options = {**weights, "label_smoothing": 0.1, "z_loss": 0.1}
+    network = js.init_network(jax.random.key(0), 4, 3, 4, jnp.float32)
 
     def cost(z, rows):
         of_labels = js.log_likelihood_cost(z, labels, where=exists, **options)
@@ -114,6 +115,8 @@ def values_and_gradients():
         jax.value_and_grad(cost, (0, 1))(z, rows),
         jax.value_and_grad(head, (0, 1, 2))(z, w, bias),
         statistics._replace(prediction=None),
+        jax.value_and_grad(js.network_cost)(network, z, labels),
+        js.backpropagate(network, z, labels),
     )
 
 
