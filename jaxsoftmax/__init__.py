@@ -7,6 +7,8 @@ from ._gradients import GradientComparison as GradientComparison
 from ._gradients import compare_gradients as compare_gradients
 from ._gradients import without_custom_rules as without_custom_rules
 from ._head import HeadStatistics as HeadStatistics
+from ._head import SparseLabels as SparseLabels
+from ._head import TeacherLabels as TeacherLabels
 from ._head import head_statistics as head_statistics
 from ._head import linear_log_likelihood_cost as linear_log_likelihood_cost
 from ._network import Dense as Dense

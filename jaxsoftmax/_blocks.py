@@ -28,9 +28,16 @@ class Affine(NamedTuple):
     bias: Float[Array, " classes"] | None
 
 
-# What is made of a block's logits: a result for each row, from (z, shared, rows). The shared arrays are
-# the same for all rows, of the others each row has its own part.
-Step = Callable[[Array, Any, Any], Any]
+class Given(NamedTuple):
+    """What a step is given beside the logits: what has a gradient, and what has none."""
+
+    free: Any
+    fixed: Any
+
+
+# What is made of a block's logits: from (z, shared, rows), results for each row and others without a
+# gradient. The shared arrays are the same for all rows, of the others each row has its own part.
+Step = Callable[[Array, Given, Given], tuple[Any, Any]]
 
 
 def fits_one_block(rows: Any, classes: Any, block_size: int | None) -> bool:
@@ -40,10 +47,10 @@ def fits_one_block(rows: Any, classes: Any, block_size: int | None) -> bool:
 
 
 def in_one_block(
-    step: Step, x: Float[Array, "rows features"], layer: Affine, shared: Any, rows: Any
-) -> Any:
+    step: Step, x: Float[Array, "rows features"], layer: Affine, shared: Given, rows: Given
+) -> tuple[Any, Any]:
     """`step` on all logits at once, to be differentiated as it stands."""
-    z = by_processor(_logits_on_cpu, _logits, x, layer)
+    z = by_processor(_logits_on_cpu, logits_of, x, layer)
     return step(z, shared, rows)
 
 
@@ -53,16 +60,16 @@ def for_each_row(
     recompute: bool,
     x: Float[Array, "rows features"],
     layer: Affine,
-    shared: Any,
-    rows: Any,
-) -> Any:
+    shared: Given,
+    rows: Given,
+) -> tuple[Any, Any]:
     """What `step` gives for each row, block by block, each of which takes one product.
 
     To be differentiated as it stands, a block's logits are computed again, if so told, rather than kept.
     """
 
     def of_block(layer, shared, x, rows):
-        return step(_logits(x, layer), shared, rows)
+        return step(logits_of(x, layer), shared, rows)
 
     of_block = jax.checkpoint(of_block) if recompute else of_block
 
@@ -84,19 +91,22 @@ class IsWhole(NamedTuple):
 def with_gradients(
     step: Step,
     block_size: int | None,
+    arrays: int,
     is_whole: IsWhole,
     x: Float[Array, "rows features"],
     layer: Affine,
-    shared: Any,
-    rows: Any,
-    cotangent: Float[Array, " rows"],
-) -> tuple[Array, tuple[Array, Affine, Any, Any]]:
-    """The cost C_n of each row, and the gradient of Σ_n cotangent_n C_n by all but the cotangent.
+    shared: Given,
+    rows: Given,
+    cotangent: Any,
+) -> tuple[tuple[Any, Any], tuple[Array, Affine, Given, Given]]:
+    """What `step` gives for each row, and a cotangent of its results as one of all before it.
 
+    The more `arrays` like a block's logits `step` holds at once, the fewer rows there are in a block on a
+    CPU; 1 for a cost of classes.
     Gradients are in float32 or wider, but whole ones by bfloat16 are rounded to it, once all is added:
     then they are never held in float32. What is float16 would lose its range.
     """
-    ways = (partial(_gradients, way, step, block_size, is_whole) for way in (CPU, ACCELERATOR))
+    ways = (partial(_gradients, way, step, block_size, arrays, is_whole) for way in (CPU, ACCELERATOR))
     return by_processor(*ways, x, layer, shared, rows, cotangent)
 
 
@@ -112,17 +122,21 @@ def _product(a, b, dtype=None):
     return jnp.matmul(a, b, preferred_element_type=dtype or arithmetic_dtype(a.dtype))
 
 
-def _logits(x, layer):
+def logits_of(x: Float[Array, "rows features"], layer: Affine) -> Float[Array, "rows classes"]:
+    """The logits of some rows."""
     z = _product(x, layer.weights.astype(x.dtype))
     return z if layer.bias is None else z + layer.bias.astype(z.dtype)[None]
 
 
 def _pulled_back(step, z, shared, rows, cotangent):
-    """The costs, D, and the gradients by what is shared and by what belongs to rows."""
-    costs, pull_back = jax.vjp(step, z, shared, rows)
-    d_z, d_shared, d_rows = pull_back(spread(cotangent, varying(costs)))
-    is_int = partial(jax.tree.map, lambda d: None if d.dtype == jax.dtypes.float0 else d)
-    return costs, d_z, d_shared, is_int(d_rows)
+    """What `step` gives, D, and the gradients by what is shared and by what belongs to rows."""
+
+    def of_free(z, of_all, of_rows):
+        return step(z, shared._replace(free=of_all), rows._replace(free=of_rows))
+
+    results, pull_back, others = jax.vjp(of_free, z, shared.free, rows.free, has_aux=True)
+    cotangent = jax.tree.map(lambda c, result: spread(c, varying(result)), cotangent, results)
+    return (results, others), *pull_back(cotangent)
 
 
 def _narrowed(d_z, dtype):
@@ -195,9 +209,19 @@ class _Way(NamedTuple):
     plus_by_weights: Callable[..., Array]  # total + unit xᵀ D; of total or None, x, D, unit, dtype
 
 
-def _gradients(way, step, block_size, is_whole, x, layer, shared, rows, cotangent):
+def _gradients(way, step, block_size, arrays, is_whole, x, layer, shared, rows, cotangent):
     (count, features), classes = x.shape, layer.weights.shape[1]
-    part, size = _sizes(way, known_size(count), features, classes, x.dtype, block_size)
+    part, size = _sizes(way, known_size(count), features, classes, x.dtype, block_size, arrays)
+    if way.is_first_apart and block_size is None and size <= 2 and count % 2:
+        # XLA on the CPU makes no product of one row, but forms its D twice: four arrays for one.
+        more = jax.tree.map(
+            lambda a: jnp.pad(a, [(0, 1)] + [(0, 0)] * (a.ndim - 1)), (x, rows, cotangent)
+        )
+        results, (d_x, *others, d_rows) = _gradients(
+            way, step, block_size, arrays, is_whole, more[0], layer, shared, *more[1:]
+        )
+        results, d_x, d_rows = jax.tree.map(lambda a: a[:count], (results, d_x, d_rows))
+        return results, (d_x, *others, d_rows)
     d_x_dtype = _gradient_dtype(x, x, is_whole.by_features)
     d_w_dtype = _gradient_dtype(x, layer.weights, is_whole.by_weights)
     has_one_part = known_size(count) <= part
@@ -226,22 +250,24 @@ def _gradients(way, step, block_size, is_whole, x, layer, shared, rows, cotangen
     total = None
     if not (has_one_part or way.is_first_apart):
         # Behind a barrier, or the sum would begin with a selection between it and 0, no longer in place.
-        total = _zeros_like(spread(layer, varying(x))), _zeros_like(shared)
+        total = _zeros_like(spread(layer, varying(x))), _zeros_like(shared.free)
         kept, total = _apart((kept, total))
-    carry, (costs, d_rows, d_x) = _in_turn(
+    carry, (results, d_rows, d_x) = _in_turn(
         of_part, (kept, total), (x, rows, cotangent), part, way.is_first_apart
     )
     d_layer, d_shared = carry[1]
     d_w = d_layer.weights.astype(d_w_dtype)
-    return costs, (d_x, d_layer._replace(weights=d_w), d_shared, d_rows)
+    gradients = d_x, d_layer._replace(weights=d_w), Given(d_shared, None), Given(d_rows, None)
+    return results, gradients
 
 
 def _of_blocks(step, size, kept, layer, shared, x, rows, cotangent):
     """D of a part with its unit, the gradient by what is shared, and what each row has."""
 
     def of_block(x, rows, cotangent):
-        costs, d_z, d_shared, d_rows = _pulled_back(step, _logits(x, layer), shared, rows, cotangent)
-        return _narrowed(d_z, x.dtype), d_shared, (costs, d_rows)
+        z = logits_of(x, layer)
+        results, d_z, d_shared, d_rows = _pulled_back(step, z, shared, rows, cotangent)
+        return _narrowed(d_z, x.dtype), d_shared, (results, d_rows)
 
     if kept is None:
         (d_z, unit), d_shared, results = of_block(x, rows, cotangent)
@@ -255,7 +281,7 @@ def _of_blocks(step, size, kept, layer, shared, x, rows, cotangent):
         kept = jax.lax.dynamic_update_slice_in_dim(kept, d_z, start, axis=0)
         return (kept, jax.tree.map(jnp.add, total, d_shared)), results
 
-    sums = kept, _zeros_like(shared)
+    sums = kept, _zeros_like(shared.free)
     (kept, total), results = _in_turn(block, sums, (x, rows, cotangent), size, False)
     return kept, 1, total, results
 
@@ -291,9 +317,9 @@ def _precisely(a, b):
 
 def _rows_on_cpu(rows, classes):
     """Rows in a block: enough to keep the products busy, few enough to keep the logits small."""
-    if rows * classes <= ONE_BLOCK:
+    if rows * classes <= ONE_BLOCK or rows <= 4:
         return max(1, rows)
-    return min(max(64, min(-(-rows // 5), 128), -(-rows // 8)), max(1, 2**24 // classes))
+    return min(max(64, min(-(-rows // 5), 128), -(-rows // 8)), max(2, 2**24 // classes))
 
 
 def _by_features_on_cpu(d_z, weights, unit, dtype):
@@ -374,10 +400,11 @@ def _rows_alone_elsewhere(rows, classes):
     return most if classes < 2**14 else min(most, 512)
 
 
-def _sizes(way, rows, features, classes, dtype, block_size):
+def _sizes(way, rows, features, classes, dtype, block_size, arrays):
     """Rows in a part, and rows in a block of it."""
     size = block_size or way.rows(rows, classes)
     if not way.keeps or rows == 0:
+        size = block_size or max(1, size // arrays)
         return size, size
     # D in the features' dtype against the accumulator in four bytes. A block with a unit is a part.
     most = 0 if _has_units(dtype) else 4 * features // jnp.dtype(dtype).itemsize

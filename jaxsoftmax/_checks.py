@@ -22,7 +22,7 @@ WeightArray = Num[Array, "..."] | Num[np.ndarray, "..."] | MaskArray
 
 Number = int | float | Num[Array, ""] | np.number
 
-MOST_CLASSES = 2**24
+MOST_CLASSES = 2**31 - 1  # An int32 numbers them.
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -104,8 +104,7 @@ def as_logits(logits: Any, axis: Any) -> tuple[Array, tuple[int, ...]]:
         )
     if known_size(classes) > MOST_CLASSES:
         raise ValueError(
-            f"logits may have {MOST_CLASSES} classes at most, which float32 can still number one by one, "
-            f"got {classes}"
+            f"logits may have {MOST_CLASSES} classes at most, which int32 can number, got {classes}"
         )
     return array, axes
 
@@ -179,8 +178,7 @@ def as_labels(
                 f"along axis {', '.join(map(str, axes))}, got {array.shape}{hint}"
             )
         # The labels as given: inside jit, jnp.asarray has already made a tracer of a known array.
-        _check_range(labels, classes, weight)
-        return _as_index(array, classes)
+        return as_index(labels, array, classes, weight)
     if jnp.issubdtype(array.dtype, jnp.floating):
         # One row may stand for all examples, but one number not for all classes.
         given = array.shape
@@ -201,6 +199,15 @@ def as_labels(
     )
 
 
+def as_index(given: Any, labels: Array, classes: Any, weight: Any) -> Array:
+    """Integer labels as int32, −1 for one that names no class, which is refused where it is known.
+
+    Where the weight is known to be 0 it is not.
+    """
+    _check_range(given, classes, weight)
+    return _as_index(labels, classes)
+
+
 def _check_range(labels: Any, classes: Any, weight: Any) -> None:
     if not (is_known(labels) and (weight is None or is_known(weight))):
         return
@@ -210,7 +217,7 @@ def _check_range(labels: Any, classes: Any, weight: Any) -> None:
     if known.size and not (0 <= known.min() and known.max() < classes):
         raise ValueError(
             f"labels must be in [0, {classes}) for {classes} classes, got {known.min()} to "
-            f"{known.max()}. To leave an example out, set its sample_weight to 0"
+            f"{known.max()}. To leave an example out of a cost, set its sample_weight to 0"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Integer, PyTree
 
 from ._checks import (
     FloatArray,
@@ -35,15 +35,20 @@ from ._mesh import (
     first_class,
     from_its_device,
     is_sharded,
+    largest,
     spread,
     varying,
     whole,
 )
 from ._rows import (
     RowSums,
+    behind_in_all,
+    bounded,
     is_class,
+    pick,
     rounded,
     scaled_exponentials,
+    sum_of_all_but,
     sum_over_classes,
     sums_and_kept,
     sums_without,
@@ -56,7 +61,6 @@ from ._softmax import (
     pull_back_softmax,
     row_of,
     share,
-    sum_of_others,
     without,
 )
 
@@ -262,8 +266,10 @@ def example_costs(
     exists: Array | None,
     axes: Axes = (),
     in_place: bool = False,
-) -> Float[Array, "*batch"]:
-    """What each example costs, its sample weight v included.
+) -> tuple[Float[Array, "*batch"], tuple[Array, Array] | None]:
+    """What each example costs, its sample weight v included; and what came by on the way.
+
+    That is, of integer labels, the log-normaliser and the label's log-likelihood, without any option.
 
     `exists` tells, for (classes) or (*batch, classes), which classes do; z must be −inf for the others.
     In place, the gradient by logits that nothing else uses is to take no memory beside theirs.
@@ -281,6 +287,7 @@ def example_costs(
         cost, m, log_sum = _target_cost(axes, z, q if w is None else across(w, q.ndim) * q)
     else:
         cost, m, log_sum = _label_cost((axes, in_place), z, labels)
+    on_the_way = None if is_soft else (m + log_sum, -cost)
     m = jax.lax.stop_gradient(m)
     if v is not None:
         ignored = (v == 0) & ~jnp.isfinite(cost + log_sum)
@@ -298,7 +305,7 @@ def example_costs(
     if zeta is not None:
         squared = jnp.square(m + log_sum)
         cost += zeta * (squared if w is None else _weighted(class_weight, squared))
-    return cost if v is None else _weighted(v, cost)
+    return cost if v is None else _weighted(v, cost), on_the_way
 
 
 def total_weight(
@@ -309,11 +316,21 @@ def total_weight(
 ) -> Any:
     """What all examples together weigh in the mean: Σ_n v Σ_k w_k y_k."""
     if w is not None:
-        weight = _class_weight(_as_targets(labels, v, w.dtype), w, axes)
-        return jnp.sum(weight if v is None else _weighted(v, weight))
+        return jnp.sum(example_weights(labels, v, w, axes))
     if v is not None:
         return jnp.sum(v)
     return math.prod(labels.shape[:-1] if _is_probability(labels) else labels.shape)
+
+
+def example_weights(
+    labels: Array,
+    v: Float[Array, "*batch"] | None,
+    w: Float[Array, " classes"],
+    axes: Axes = (),
+) -> Float[Array, "*batch"]:
+    """What each example weighs in the mean: v Σ_k w_k y_k."""
+    weight = _class_weight(_as_targets(labels, v, w.dtype), w, axes)
+    return weight if v is None else _weighted(v, weight)
 
 
 def _as_examples(logits, labels, axis, sample_weight, class_axis):
@@ -333,7 +350,7 @@ def _log_likelihood(plan, z, labels, v, options, exists, normalizer):
     axes, axis, reduction = plan
     z = classes_last(without(exists, z), axis)
     exists = None if exists is None else classes_last(exists, axis)
-    cost = example_costs(z, labels, v, options, exists, axes)
+    cost, _ = example_costs(z, labels, v, options, exists, axes)
     weight = total_weight(labels, v, options.class_weight, axes)
     return reduced(cost, weight, reduction, normalizer)
 
@@ -426,11 +443,15 @@ def label_row(logits: Float[Array, "*batch classes"], labels: Array, axes: Axes 
 
 
 def log_likelihood_gradient(row: Row, labels: Array, axes: Axes = ()) -> Float[Array, "*batch classes"]:
-    """∂C/∂z for each row: a − y where the targets sum to 1, without its cancellation."""
+    """∂C/∂z_j = a_j T − y_j for each row, with T = Σ_k y_k and without its cancellation."""
     a = row.probabilities
-    if _is_probability(labels):
-        return a * sum_of_others(labels, axes) - labels * row.complements
-    return jnp.where(is_class(a, _number(labels, a, axes)), -row.complements, a)
+    if not _is_probability(labels):
+        return jnp.where(is_class(a, _number(labels, a, axes)), -row.complements, a)
+    # Only the winner's a may be more than ½ and its y nearly T. There it is a (T − y) − y (1 − a).
+    index, sums = row.sums.number, row.sums
+    others, own = sum_of_all_but(axes, labels, index), pick(labels, index, axes)
+    of_winner = share(sums.own, sums.others) * others - share(sums.others, sums.own) * own
+    return jnp.where(is_class(a, index), of_winner, a * (others + own) - labels)
 
 
 def _number(labels, values, axes):
@@ -531,9 +552,7 @@ class _TargetResiduals(NamedTuple):
 
 def _target_cost_fwd(axes, logits, targets):
     row = row_of(axes, logits)
-    cost = sum_over_classes(targets * _surprise(row, targets), axes)
-    impossible = (sum_over_classes(targets, axes) > 0) & (row.sums.total == 0)
-    cost = jnp.where(impossible, jnp.inf, cost)[..., 0]
+    cost = _cost_of_targets(axes, row, targets)
     return (cost, row.sums.maximum[..., 0], row.log_sum[..., 0]), _TargetResiduals(row, cost, targets)
 
 
@@ -556,10 +575,100 @@ def _target_cost_bwd(axes, residuals, cotangents):
 _target_cost.defvjp(_target_cost_fwd, _target_cost_bwd)
 
 
+def _cost_of_targets(axes, row, targets):
+    cost = sum_over_classes(targets * _surprise(row, targets), axes)
+    impossible = (sum_over_classes(targets, axes) > 0) & (row.sums.total == 0)
+    return jnp.where(impossible, jnp.inf, cost)[..., 0]
+
+
 def _surprise(row, targets):
     """−ln a_k for each class; 0 where it is infinite and the target 0, since 0 · ln 0 = 0."""
     surprises = row.surprises
     return jnp.where((targets == 0) & jnp.isposinf(surprises), 0, surprises)
+
+
+# ln Σ_k exp z_k, the entropy −Σ_k a_k ln a_k, and Σ_k y_k ln a_k, None without labels. With the winner w
+# and d_k = z_w − z_k, so that −ln a_k = −ln a_w + d_k, the entropy is
+#     H = −ln a_w + d̄,    d̄ = Σ_{k≠w} a_k d_k
+# which loses nothing where w leads: −ln a_w = ln (1 + r / e_w), and every term is at least 0.
+class RowStatistics(NamedTuple):
+    log_normalizer: Float[Array, "*batch"]
+    entropy: Float[Array, "*batch"]
+    label_log_likelihood: Float[Array, "*batch"] | None
+    winner: Integer[Array, "*batch"]  # Counted from this device's first class.
+
+
+@custom_vjp_static_first
+def row_statistics(axes: Axes, logits: Float[Array, "*batch classes"], labels: Any) -> RowStatistics:
+    """The statistics of each row."""
+    return _row_statistics_fwd(axes, logits, labels)[0]
+
+
+class _StatisticsResiduals(NamedTuple):
+    row: Row
+    mean_behind: Array  # d̄
+    cost: Array | None
+    labels: Array | None
+
+
+def _row_statistics_fwd(axes, logits, labels):
+    row = row_of(axes, logits)
+    sums = row.sums
+    mean_behind = behind_in_all(axes, logits, sums) / sums.total
+    of_winner = jnp.log1p(sums.others / sums.own)
+    cost = likelihood = None
+    if labels is not None:
+        cost = (
+            _cost_of_targets(axes, row, labels)
+            if _is_probability(labels)
+            else _cost_of_class(axes, row, labels)
+        )
+        likelihood = -cost
+    normalizer, entropy = sums.maximum + row.log_sum, of_winner + mean_behind
+    statistics = normalizer[..., 0], entropy[..., 0], likelihood, sums.number[..., 0]
+    return RowStatistics(*statistics), _StatisticsResiduals(row, mean_behind, cost, labels)
+
+
+def _cost_of_class(axes, row, labels):
+    number = _number(labels, row.logits, axes)
+    behind = row.sums.maximum - rounded(pick(row.logits, number, axes))
+    of_winner = jnp.log1p(row.sums.others / row.sums.own)
+    # All devices agree on it, as numbers count alike from their first classes. A maximum tells JAX so.
+    is_winner = largest((number == row.sums.number).astype(jnp.int32), axes) == 1
+    cost = jnp.where(is_winner, of_winner, behind + row.log_sum)
+    cost = jnp.where(row.sums.total == 0, jnp.inf, cost)[..., 0]
+    return jnp.where(labels < 0, jnp.nan, cost)
+
+
+# ∂/∂z_j of ln Σ_k exp z_k is a_j, of H it is a_j (−ln a_j − H) = a_j (d_j − d̄) with d_w = 0, and of the
+# label's log-likelihood what the cost has, with the other sign.
+def _row_statistics_bwd(axes, residuals, cotangents):
+    row, mean_behind, cost, labels = residuals
+    d_normalizer, d_entropy, *d_label = (
+        cotangent[..., None] for cotangent in whole(cotangents[:3], axes) if cotangent is not None
+    )
+    behind = jnp.where(is_class(row.logits, row.sums.number), 0, _behind(row))
+    gradient = row.probabilities * (d_normalizer + d_entropy * (behind - mean_behind))
+    ignored = (d_normalizer == 0) & (d_entropy == 0) & ~_is_positive(row.sums.total)
+    gradient = jnp.where(ignored, 0, gradient)
+    if labels is None:
+        return gradient, None
+    (d_label,) = d_label
+    uncounted = (d_label == 0) & ~(jnp.isfinite(cost)[..., None] & _is_positive(row.sums.total))
+    if not _is_probability(labels):
+        d_label = jnp.where((labels[..., None] < 0) & (d_label != 0), jnp.nan, d_label)
+    gradient -= jnp.where(uncounted, 0, d_label * log_likelihood_gradient(row, labels, axes))
+    if not _is_probability(labels):
+        return gradient, None
+    return gradient, jnp.where(uncounted, 0, -d_label * _surprise(row, labels))
+
+
+row_statistics.defvjp(_row_statistics_fwd, _row_statistics_bwd)
+
+
+def _behind(row):
+    """d_k = z_w − z_k."""
+    return bounded((row.sums.maximum - rounded(row.logits)) + row.sums.ahead)
 
 
 @custom_vjp_static_first

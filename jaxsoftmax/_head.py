@@ -1,8 +1,9 @@
 """The head: FC + softmax + cost in one, without ever holding all the logits."""
 
 import math
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,28 +12,51 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer
 
-from ._blocks import Affine, IsWhole, fits_one_block, for_each_row, in_one_block, with_gradients
+from ._blocks import (
+    Affine,
+    Given,
+    IsWhole,
+    fits_one_block,
+    for_each_row,
+    in_one_block,
+    logits_of,
+    with_gradients,
+)
 from ._checks import (
     MOST_CLASSES,
     FloatArray,
     LabelArray,
+    MaskArray,
     Number,
     WeightArray,
     arithmetic_dtype,
+    as_array,
     as_count,
     as_floats,
+    as_index,
     as_labels,
     as_normalizer,
     as_number,
     as_weights,
+    as_where,
     is_known,
     known_size,
     with_hints,
 )
-from ._cost import Options, Reduction, as_options, example_costs, reduced, total_weight
+from ._cost import (
+    Options,
+    Reduction,
+    as_options,
+    example_costs,
+    example_weights,
+    reduced,
+    row_statistics,
+    total_weight,
+)
 from ._mesh import (
     Axes,
     MeshAxis,
+    Places,
     across,
     class_count,
     first_class,
@@ -45,8 +69,59 @@ from ._mesh import (
     varying,
     whole,
 )
-from ._rows import rounded, sum_of_all_but, sums_without, winner
-from ._softmax import custom_vjp_static_first, without
+from ._rows import rank, winner
+from ._softmax import custom_vjp_static_first, row_of, without
+
+
+class SparseLabels(NamedTuple):
+    """Probabilities of a few classes for each example, such as a teacher's largest or several answers.
+
+    All other classes have probability 0. A class that is named twice has the sum. Where a probability is
+    0 the class may be any number, as in a list that is filled up.
+
+    Attributes:
+        classes: Integers (*batch, k), the numbers of the classes.
+        probabilities: Real floating-point numbers (*batch, k), differentiable, taken as they are.
+
+    Example:
+        >>> labels = SparseLabels(jnp.array([[0, 3]]), jnp.array([[0.5, 0.5]]))
+        >>> x, w = jnp.ones((1, 2)), jnp.zeros((2, 4))
+        >>> print(linear_log_likelihood_cost(x, w, None, labels), jnp.log(4.0))
+        1.3862944 1.3862944
+    """
+
+    classes: Integer[Array, "*batch k"] | np.ndarray | list[Any]
+    probabilities: FloatArray | list[Any]
+
+
+class TeacherLabels(NamedTuple):
+    """The softmax of another layer as labels, formed block by block as the logits are.
+
+    Its probabilities are those of the classes that exist for the student. No gradient flows to it. The
+    Kullback-Leibler divergence is the cost less the teacher's `head_statistics(...).entropy`.
+
+    Attributes:
+        features: Real floating-point numbers (*batch, features), as many features as the teacher has.
+        weights: Real floating-point numbers (features, classes), the student's classes.
+        bias: Real floating-point numbers (classes,), or None.
+        logit_scale: As for `linear_log_likelihood_cost`, the teacher's own.
+        softcap: As for `linear_log_likelihood_cost`, the teacher's own.
+
+    Example:
+        >>> teacher = TeacherLabels(jnp.ones((1, 5)), jnp.zeros((5, 4)))
+        >>> x, w = jnp.ones((1, 2)), jnp.zeros((2, 4))
+        >>> print(linear_log_likelihood_cost(x, w, None, teacher), jnp.log(4.0))
+        1.3862944 1.3862944
+    """
+
+    features: FloatArray
+    weights: FloatArray
+    bias: FloatArray | None = None
+    logit_scale: Number | None = None
+    softcap: Number | None = None
+
+
+HeadLabels = LabelArray | SparseLabels | TeacherLabels
 
 
 @with_hints
@@ -54,7 +129,7 @@ def linear_log_likelihood_cost(
     features: FloatArray,
     weights: FloatArray,
     bias: FloatArray | None,
-    labels: LabelArray,
+    labels: HeadLabels,
     *,
     sample_weight: WeightArray | None = None,
     class_weight: WeightArray | None = None,
@@ -63,11 +138,14 @@ def linear_log_likelihood_cost(
     reduction: Reduction = "mean",
     normalizer: Number | None = None,
     softcap: Number | None = None,
+    logit_scale: Number | None = None,
     num_classes: int | None = None,
+    where: MaskArray | None = None,
+    return_statistics: bool = False,
     batch_axis: MeshAxis = None,
     class_axis: MeshAxis = None,
     block_size: int | None = None,
-) -> Float[Array, "..."]:
+) -> Any:
     """Log-likelihood cost of the layer `features @ weights + bias`, whose logits are never held at once.
 
     Equal to `log_likelihood_cost(features @ weights + bias, labels)`, and as exact. With x the features,
@@ -82,7 +160,8 @@ def linear_log_likelihood_cost(
         features: Real floating-point numbers (*batch, features).
         weights: Real floating-point numbers (features, classes).
         bias: Real floating-point numbers (classes,), or None.
-        labels: Integers (*batch), or probabilities (*batch, classes).
+        labels: Integers (*batch), or probabilities (*batch, classes); or what makes probabilities of a
+            block at a time, so that there is never an array of all: `SparseLabels`, `TeacherLabels`.
         sample_weight: As for `log_likelihood_cost`; where it is 0 the features too may be NaN or inf.
         class_weight: As for `log_likelihood_cost`.
         label_smoothing: As for `log_likelihood_cost`.
@@ -91,9 +170,18 @@ def linear_log_likelihood_cost(
         normalizer: As for `log_likelihood_cost`.
         softcap: c above 0, in nats: the logits become c tanh(logits / c), so that none is below −c,
             a −inf in `bias` included. None leaves them.
+        logit_scale: s above 0, the inverse of a temperature: the softmax is that of s times the logits,
+            with bias and softcap, as a model's temperature divides what the model gives. For a bias
+            that is not to be scaled, pass bias / s. The product is in float32, so that narrow features
+            need not be scaled. None is 1. Under jit, one that is not above 0 makes everything NaN.
         num_classes: The classes that exist, if fewer than `weights` has columns. The others are
             padding, to be filled with any finite numbers: probability 0 and gradient 0. An integer
             label must be below it; a probability there costs +inf.
+        where: The classes that exist, a bool mask (classes,) or one that broadcasts to (*batch, classes),
+            as for `log_likelihood_cost`. With `num_classes`, both must hold.
+        return_statistics: Whether to return (cost, `HeadStatistics`), as `head_statistics` gives them,
+            without another product and without a gradient through them. What is not used is not
+            computed under jit. Goes with `jax.value_and_grad(..., has_aux=True)`.
         batch_axis: The axis or axes of the mesh over which the first axis of `features` is spread, and
             with it labels, sample weights and costs. The mesh is that of `jax.set_mesh`, where arrays
             have their full shapes, explicit axes need not be given, as types tell them, and what is
@@ -105,20 +193,21 @@ def linear_log_likelihood_cost(
             probability labels. Their number must divide evenly: pad, and give `num_classes`.
         block_size: How many rows of logits are held at once, at most. The default, None, depends on
             where the program runs. On a CPU it is an eighth of the rows, but at least 128, or a fifth of
-            the rows if that is less, and at least 64; and never more than make 2²⁴ logits. Elsewhere it
-            is as many as make about 2²⁶ logits, 2²⁷ where that is all there are for one product; for a
-            value alone at most 512 from 16,384 classes on. Up to 2²⁰ logits are one block everywhere.
+            the rows if that is less, and at least 64; never more than make 2²⁴ logits, but two; and a
+            quarter of that where blocks form labels. Elsewhere it is as many as make about 2²⁶ logits,
+            2²⁷ where that is all there are for one product; for a value alone at most 512 from 16,384
+            classes on. Up to 2²⁰ logits are one block everywhere, and up to 4 rows on a CPU.
             Beyond its results the gradient takes memory for about one such block in float32 on a CPU,
-            two with a bias, smoothing or narrow features, up to six with all options or probability
-            labels, and weights of bfloat16 once in float32. Elsewhere it takes two, and the logits'
+            two with a bias, smoothing or narrow features, up to six with all options or labels that are
+            no integers, and weights of bfloat16 once in float32. Elsewhere it takes two, and the logits'
             gradient of up to 2 D rows for D bfloat16 features (D rows for float32) in the features'
             dtype; for more rows also the weights' gradient once in float32. On a mesh, rows and logits
             are those of one device. A symbolic number of rows, as of `jax.export`, is one block.
 
     Returns:
         Cost in nats, float32 (float64 for float64 features or weights): a scalar, or (*batch) for
-        "none". It is differentiable in every floating-point argument, each gradient in its argument's
-        dtype.
+        "none". It is differentiable in every floating-point argument but a teacher, each gradient in
+        its argument's dtype.
         bfloat16 and float16 features enter the products as they are, float8 ones as bfloat16. Weights
         beside them, and the logits' gradient, are rounded to that dtype for the products, which
         accumulate in float32. So float32 weights beside bfloat16 features have a float32 gradient. A
@@ -151,19 +240,21 @@ def linear_log_likelihood_cost(
     References:
         Wijmans et al. (2024), "Cut your losses in large-vocabulary language models", arXiv:2411.09009.
     """
-    x, layer, settings, plan, places = _as_layer(
-        features, weights, bias, softcap, num_classes, batch_axis, class_axis, block_size
+    layer = _as_layer(
+        features, weights, bias, logit_scale, softcap, num_classes, where, batch_axis, class_axis
     )
-    batch, classes = x.shape[:-1], layer.weights.shape[-1]
-    dtype = arithmetic_dtype(x.dtype)
-    v = None if sample_weight is None else as_weights(sample_weight, batch, dtype)
-    labels = as_labels(labels, (*batch, classes), (len(batch),), sample_weight, plan.num_classes)
+    dtype, classes = layer.dtype, layer.shape[-1]
+    rows, fixed = _as_rows(labels, layer, sample_weight)
     options = as_options(class_weight, label_smoothing, z_loss, classes, dtype)
     normalizer = as_normalizer(reduction, normalizer, sample_weight, dtype)
-    cost = partial(_cost, plan, reduction, places.batch_axes)
-    place = P() if reduction in ("mean", "sum") else places.batch
-    arguments = x, _Rows(labels, v), layer, settings._replace(options=options), normalizer
-    return _on_mesh(cost, places, place, *arguments)
+    is_formed = isinstance(labels, SparseLabels | TeacherLabels)
+    has_weights = is_formed and class_weight is not None and reduction == "mean" and normalizer is None
+    plan = _as_plan(_costs, layer, block_size, is_formed, has_weights, return_statistics)
+    cost = partial(_cost, plan, reduction, layer.places.batch_axes)
+    by_row = layer.places.batch
+    result = by_row if reduction == "none" else P(), by_row
+    cost, statistics = _on_mesh(cost, layer, result, rows, fixed, options, normalizer)
+    return (cost, jax.lax.stop_gradient(statistics)) if return_statistics else cost
 
 
 class HeadStatistics(NamedTuple):
@@ -174,6 +265,8 @@ class HeadStatistics(NamedTuple):
         prediction: The first class with the largest logit, int32 (*batch).
         entropy: −Σ_k a_k ln a_k (*batch).
         label_log_likelihood: Σ_k y_k ln a_k (*batch); None without labels.
+        label_rank: How many classes are ahead of the label's, with a larger logit or the same and a
+            smaller number, int32 (*batch); None without integer labels.
 
     Example:
         >>> statistics = head_statistics(jnp.zeros((2, 3)), jnp.zeros((3, 4)), None)
@@ -185,6 +278,7 @@ class HeadStatistics(NamedTuple):
     prediction: Integer[Array, "*batch"]
     entropy: Float[Array, "*batch"]
     label_log_likelihood: Float[Array, "*batch"] | None
+    label_rank: Integer[Array, "*batch"] | None
 
 
 @with_hints
@@ -192,15 +286,23 @@ def head_statistics(
     features: FloatArray,
     weights: FloatArray,
     bias: FloatArray | None,
-    labels: LabelArray | None = None,
+    labels: HeadLabels | None = None,
     *,
     softcap: Number | None = None,
+    logit_scale: Number | None = None,
     num_classes: int | None = None,
+    where: MaskArray | None = None,
     batch_axis: MeshAxis = None,
     class_axis: MeshAxis = None,
     block_size: int | None = None,
 ) -> HeadStatistics:
     """Statistics of the softmax of `features @ weights + bias`, whose logits are never held at once.
+
+    They are differentiable but for the numbers of classes, so that costs of one's own can be made of
+    them: policy gradients, an entropy bonus, a penalty on the log-normaliser. With the entropy H, a
+    cotangent of each is one of the logits: c₁ a_j + c₂ a_j (−ln a_j − H) + c₃ (y_j − a_j). The backward
+    pass computes the logits again: four products in all, with one block in memory, as for
+    `linear_log_likelihood_cost(..., reduction="none")`.
 
     Args:
         features: As for `linear_log_likelihood_cost`.
@@ -208,7 +310,9 @@ def head_statistics(
         bias: As for `linear_log_likelihood_cost`.
         labels: As for `linear_log_likelihood_cost`; None if the label's likelihood is not wanted.
         softcap: As for `linear_log_likelihood_cost`.
+        logit_scale: As for `linear_log_likelihood_cost`.
         num_classes: As for `linear_log_likelihood_cost`.
+        where: As for `linear_log_likelihood_cost`.
         batch_axis: As for `linear_log_likelihood_cost`.
         class_axis: As for `linear_log_likelihood_cost`.
         block_size: As for `linear_log_likelihood_cost`.
@@ -216,10 +320,15 @@ def head_statistics(
     Returns:
         For each example (*batch), in nats and float32 (float64 for float64 features):
         `log_normalizer` ln Σ_k exp z_k, `prediction` the first class with the largest logit (int32),
-        `entropy` −Σ_k a_k ln a_k, and `label_log_likelihood` Σ_k y_k ln a_k, None without labels.
+        `entropy` −Σ_k a_k ln a_k, `label_log_likelihood` Σ_k y_k ln a_k, None without labels, and
+        `label_rank` (int32), None without integer labels: a label is among the first k where it is
+        below k, and its reciprocal rank is 1 / (1 + label_rank). Confident rows keep the digits of all
+        of these, and of their gradients.
+        What bends logits or scales them may make some equal: prediction and rank are told before that.
         NaN or +inf among an example's logits makes it NaN, and its prediction any class, as do logits
-        that are all −inf but for their log-normaliser, −inf. A label under jit that names no class makes
-        the label's log-likelihood NaN.
+        that are all −inf but for their log-normaliser and the label's log-likelihood, −inf. A label
+        under jit that names no class makes the label's log-likelihood NaN. Where that is not finite the
+        rank is the number of classes, which no label has.
 
     Raises:
         TypeError: As for `linear_log_likelihood_cost`.
@@ -230,117 +339,253 @@ def head_statistics(
         >>> print(statistics.prediction, jnp.exp(statistics.label_log_likelihood))
         [0] [0.155]
     """
-    x, layer, settings, plan, places = _as_layer(
-        features, weights, bias, softcap, num_classes, batch_axis, class_axis, block_size
+    layer = _as_layer(
+        features, weights, bias, logit_scale, softcap, num_classes, where, batch_axis, class_axis
     )
-    batch, classes = x.shape[:-1], layer.weights.shape[-1]
-    if labels is not None:
-        labels = as_labels(labels, (*batch, classes), (len(batch),), None, plan.num_classes)
-    statistics = partial(_all_statistics, plan)
-    return _on_mesh(statistics, places, places.batch, x, _Rows(labels, None), layer, settings, None)
+    rows, fixed = _as_rows(labels, layer, None)
+    is_formed = isinstance(labels, SparseLabels | TeacherLabels)
+    plan = _as_plan(_statistics, layer, block_size, is_formed)
+    statistics = partial(_statistics_of_all, plan, layer.places.batch_axes)
+    options = Options(None, None, None)
+    return _on_mesh(statistics, layer, layer.places.batch, rows, fixed, options, None)
 
 
-class _Rows(NamedTuple):
-    """What belongs to one row each, beside its features."""
+class _FreeRows(NamedTuple):
+    """What belongs to one row each, beside its features, and has a gradient."""
 
-    labels: Array | None
+    probabilities: Array | None  # Of all classes, or of those that are numbered.
     sample_weight: Array | None
 
 
-class _Settings(NamedTuple):
-    """What every row shares beside the layer: what becomes of its logits."""
+class _FixedRows(NamedTuple):
+    """The same without a gradient."""
 
-    softcap: Array | float | None
+    numbers: Array | None  # Of the label's class, or of several.
+    features: Array | None  # The teacher's.
+    exists: Array | None  # Which classes do.
+
+
+class _Bend(NamedTuple):
+    """What becomes of a product's logits z: scale · c tanh(z / c)."""
+
+    softcap: Number | None
+    scale: Number | None
+
+
+class _FreeShared(NamedTuple):
+    """What every row shares beside the layer, and has a gradient."""
+
+    bend: _Bend
     options: Options
+
+
+class _FixedShared(NamedTuple):
+    """The same without a gradient."""
+
+    teacher: Affine | None
+    bend: _Bend  # The teacher's.
+    exists: Array | None
 
 
 class _Plan(NamedTuple):
     """What is known when it is compiled."""
 
+    step: Callable[..., Any]  # What is made of a block's logits; of (plan, z, shared, rows).
+    is_formed: bool  # Labels are probabilities that a block forms by itself,
+    has_weights: bool  # and so are the examples' weights, where these are wanted.
+    has_statistics: bool
     num_classes: int
     block_size: int | None
     axes: Axes  # of the mesh, over which classes are spread inside `jax.shard_map`
 
 
-def _as_layer(features, weights, bias, softcap, num_classes, batch_axis, class_axis, block_size):
+class _Layer(NamedTuple):
     """The arguments that make the logits, checked."""
-    x, w = as_floats("features", features), as_floats("weights", weights)
-    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0] or w.shape[-1] == 0:
-        raise ValueError(
-            "features (*batch, features) and weights (features, classes) must fit, with one class or "
-            f"more, got {x.shape} and {w.shape}"
-        )
+
+    features: Array
+    affine: Affine
+    bend: _Bend
+    places: Places
+    num_classes: int
+    exists: Array | None
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """The logits'."""
+        return *self.features.shape[:-1], self.affine.weights.shape[-1]
+
+    @property
+    def dtype(self) -> Any:
+        """The logits'."""
+        return arithmetic_dtype(self.features.dtype)
+
+
+def _as_layer(features, weights, bias, logit_scale, softcap, num_classes, where, batch_axis, class_axis):
+    x, affine = _as_affine("", features, weights, bias)
+    w = affine.weights
     places = places_of(x, w, batch_axis, class_axis)
     classes = class_count(w, () if places.is_outside else places.class_axes)
     if known_size(classes) > MOST_CLASSES:
         raise ValueError(f"weights may have {MOST_CLASSES} classes at most, got {classes}")
-    b = None if bias is None else as_floats("bias", bias)
+    num_classes = classes if num_classes is None else as_count("num_classes", num_classes)
+    if num_classes > classes:
+        raise ValueError(
+            f"num_classes must be at most the {classes} columns of weights, got {num_classes}"
+        )
+    if where is not None:
+        where = as_array("where", where, "a bool mask of the classes that exist")
+        where = as_where(where, w.shape[1:] if where.ndim < 2 else (*x.shape[:-1], *w.shape[1:]))
+    return _Layer(x, affine, _as_bend("", logit_scale, softcap, x), places, num_classes, where)
+
+
+def _as_plan(step, layer, block_size, is_formed=False, has_weights=False, has_statistics=False):
+    block_size = None if block_size is None else as_count("block_size", block_size)
+    places = layer.num_classes, block_size, layer.places.class_axes
+    return _Plan(step, is_formed, has_weights, has_statistics, *places)
+
+
+def _as_affine(of, features, weights, bias):
+    """Features, and the layer on them; `of` is whose they are."""
+    x, w = as_floats(f"{of}features", features), as_floats(f"{of}weights", weights)
+    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0] or w.shape[-1] == 0:
+        raise ValueError(
+            f"{of}features (*batch, features) and {of}weights (features, classes) must fit, with one "
+            f"class or more, got {x.shape} and {w.shape}"
+        )
+    b = None if bias is None else as_floats(f"{of}bias", bias)
     if b is not None and b.shape != w.shape[1:]:
-        raise ValueError(f"bias must have shape {w.shape[1:]}, one for each class, got {b.shape}")
+        raise ValueError(f"{of}bias must have shape {w.shape[1:]}, one for each class, got {b.shape}")
     if x.dtype.itemsize == 1:
         # Their products are exact in bfloat16, where the logits' gradient has digits and range.
         x = x.astype(jnp.bfloat16)
     elif x.dtype == arithmetic_dtype(x.dtype):
         # Narrow features keep their dtype, and so do weights beside them until a product rounds them.
         x = x.astype(jnp.promote_types(x.dtype, arithmetic_dtype(w.dtype)))
-    if softcap is not None:
-        softcap = as_number("softcap", softcap, arithmetic_dtype(x.dtype), positive=True)
-    num_classes = classes if num_classes is None else as_count("num_classes", num_classes)
-    if num_classes > classes:
-        raise ValueError(
-            f"num_classes must be at most the {classes} columns of weights, got {num_classes}"
+    return x, Affine(w, b)
+
+
+def _as_bend(of, scale, softcap, x):
+    bends = ("softcap", softcap), ("logit_scale", scale)
+    dtype = arithmetic_dtype(x.dtype)
+    return _Bend(
+        *(
+            None if value is None else as_number(of + name, value, dtype, positive=True)
+            for name, value in bends
         )
-    block_size = None if block_size is None else as_count("block_size", block_size)
-    plan = _Plan(num_classes, block_size, places.class_axes)
-    return x, Affine(w, b), _Settings(softcap, Options(None, None, None)), plan, places
+    )
 
 
-def _on_mesh(function, places, result, x, rows, layer, settings, normalizer):
-    """`function` of all others, on each device's part of the arrays."""
-    arguments = x, rows, layer, settings, normalizer
+def _as_rows(labels, layer, sample_weight):
+    """What belongs to rows, checked, and the teacher."""
+    v = None if sample_weight is None else as_weights(sample_weight, layer.shape[:-1], layer.dtype)
+    probabilities = numbers = features = teacher = None
+    bend = _Bend(None, None)
+    if isinstance(labels, TeacherLabels):
+        layer_of = labels.features, labels.weights, labels.bias
+        features, teacher = jax.lax.stop_gradient(_as_affine("labels.", *layer_of))
+        bend = jax.lax.stop_gradient(_as_bend("labels.", labels.logit_scale, labels.softcap, features))
+        shape = *features.shape[:-1], teacher.weights.shape[-1]
+        if shape != layer.shape:
+            raise ValueError(f"labels must give logits of shape {layer.shape}, got {shape}")
+    elif isinstance(labels, SparseLabels):
+        probabilities, numbers = _as_sparse(labels, layer, sample_weight)
+    elif labels is not None:
+        labels = as_labels(labels, layer.shape, (len(layer.shape) - 1,), sample_weight, layer.num_classes)
+        is_probability = jnp.issubdtype(labels.dtype, jnp.floating)
+        probabilities, numbers = (labels, None) if is_probability else (None, labels)
+    of_all = of_rows = None
+    if layer.exists is not None:
+        of_all, of_rows = (layer.exists, None) if layer.exists.ndim == 1 else (None, layer.exists)
+    rows = Given(_FreeRows(probabilities, v), _FixedRows(numbers, features, of_rows))
+    return rows, _FixedShared(teacher, bend, of_all)
+
+
+def _as_sparse(labels, layer, sample_weight):
+    """The probabilities and the numbers of sparse labels."""
+    numbers = as_array("labels.classes", labels.classes, "integers, several classes for each example")
+    probabilities = as_floats("labels.probabilities", labels.probabilities)
+    if not jnp.issubdtype(numbers.dtype, jnp.integer):
+        raise TypeError(f"labels.classes must be integers, got {numbers.dtype}")
+    batch = layer.shape[:-1]
+    if numbers.shape != probabilities.shape or numbers.shape[:-1] != batch or not numbers.ndim:
+        raise ValueError(
+            f"labels.classes and labels.probabilities must both have shape {(*batch, 'k')}, got "
+            f"{numbers.shape} and {probabilities.shape}"
+        )
+    counts = labels.probabilities
+    if sample_weight is not None and is_known((sample_weight, counts)):
+        counts = np.where(np.asarray(sample_weight)[..., None] == 0, 0, np.asarray(counts))
+    return probabilities, as_index(labels.classes, numbers, layer.num_classes, counts)
+
+
+def _on_mesh(function, layer, result, rows, fixed, options, normalizer):
+    """`function` on each device's part of the arrays."""
+    x, affine, bend, places, *_ = layer
+    shared = Given(_FreeShared(bend, options), fixed)
+    arguments = x, rows, affine, shared, normalizer
     if not places.is_outside:
         return function(*arguments)
     batch, classes = places.batch, places.class_axes
-    is_probability = rows.labels is not None and jnp.issubdtype(rows.labels.dtype, jnp.floating)
-    padded = (*batch, *[None] * (x.ndim - 1 - len(batch)))
-    labels = P(*padded, classes) if is_probability else batch
-    specs = (
-        batch,
-        _Rows._make([labels, batch]),
+    by_class = P(*batch, *[None] * (x.ndim - 1 - len(batch)), classes)
+    probabilities = by_class if rows.fixed.numbers is None else batch
+    of_affine, options = (
         Affine._make([P(None, classes), P(classes)]),
-        _Settings._make([P(), Options._make([P(classes), P(), P()])]),
-        P(),
+        Options._make([P(classes), P(), P()]),
     )
+    teacher = P() if fixed.teacher is None else of_affine
+    of_rows = _FreeRows._make([probabilities, batch]), _FixedRows._make([batch, batch, by_class])
+    of_all = _FreeShared._make([P(), options]), _FixedShared._make([teacher, P(), P(classes)])
+    specs = batch, Given(*of_rows), of_affine, Given(*of_all), P()
     return on_devices(function, specs, result, arguments)
 
 
-def _cost(plan, reduction, batch_axes, x, rows, layer, settings, normalizer):
-    """The cost of a device's rows and classes: that of all for "mean" and "sum"."""
+def _cost(plan, reduction, batch_axes, x, rows, layer, shared, normalizer):
+    """The cost of a device's rows and classes, that of all for "mean" and "sum", and statistics."""
     batch, dtype = x.shape[:-1], arithmetic_dtype(x.dtype)
     x, rows = _flat(spread((x, rows), batch_axes), len(batch))
-    weight = total_weight(rows.labels, rows.sample_weight, settings.options.class_weight, plan.axes)
-    weight = total(weight, batch_axes)
-    x = _sound(x, rows.sample_weight)
-    if shared := _is_shared((x, rows), layer.weights):
-        x = x.astype(dtype)
-    arguments = x, layer, settings, rows
-    if x.dtype == dtype and fits_one_block(x.shape[0], layer.weights.shape[1], plan.block_size):
-        cost = _whole(plan, *arguments)
-    elif shared:
-        cost = _recomputed(plan, *arguments)
-    elif reduction == "none":
-        cost = _each(plan, *arguments)
-    else:
+    x = _sound(x, rows.free.sample_weight)
+    weight = None if plan.has_weights else total(_total_weight(plan, x, rows, shared), batch_axes)
+    if weight is not None and reduction != "none" and not _is_by_row(plan, x, rows, layer):
         # What one nat of each example adds to the result enters the gradient before its products.
         scale = reduced(jnp.ones((), dtype), weight, reduction, normalizer)
-        return total(_total(plan, *arguments, scale), batch_axes)
-    cost = reduced(jnp.reshape(cost, batch), weight, reduction, normalizer)
-    return cost if reduction == "none" else total(cost, batch_axes)
+        cost, statistics = _total(plan, x, layer, shared, rows, scale)
+        return total(cost, batch_axes), _unflat(statistics, batch)
+    (cost, weights), statistics = _by_row(plan, x, layer, shared, rows)
+    if weight is None:
+        weight = total(jnp.sum(weights), batch_axes)
+    cost = reduced(_unflat(cost, batch), weight, reduction, normalizer)
+    return cost if reduction == "none" else total(cost, batch_axes), _unflat(statistics, batch)
+
+
+def _total_weight(plan, x, rows, shared):
+    """What all examples together weigh in the mean, where it does not take blocks to tell."""
+    (probabilities, v), (numbers, *_) = rows
+    w = None if plan.is_formed else shared.free.options.class_weight
+    if w is None:
+        return x.shape[0] if v is None else jnp.sum(v)
+    return total_weight(probabilities if numbers is None else numbers, v, w, plan.axes)
+
+
+def _statistics_of_all(plan, batch_axes, x, rows, layer, shared, _):
+    """The statistics of a device's rows."""
+    batch = x.shape[:-1]
+    x, rows = _flat(spread((x, rows), batch_axes), len(batch))
+    of_row, numbers = _by_row(plan, x, layer, shared, rows)
+    return _unflat(_as_statistics(of_row, numbers), batch)
+
+
+def _as_statistics(of_row, numbers):
+    (log_normalizer, entropy, label), (prediction, label_rank) = of_row, numbers
+    return HeadStatistics(log_normalizer, prediction, entropy, label, label_rank)
 
 
 def _flat(rows, axes):
     """Rows in one axis instead of the leading `axes`."""
     return jax.tree.map(lambda a: a.reshape(math.prod(a.shape[:axes]), *a.shape[axes:]), rows)
+
+
+def _unflat(rows, batch):
+    return jax.tree.map(lambda a: jnp.reshape(a, batch), rows)
 
 
 def _sound(x, v):
@@ -371,82 +616,126 @@ def _is_shared(rows, weights):
     return is_known(shares) and bool(shares)
 
 
-def _costs(plan, z, settings, rows):
-    """The cost of each row of logits."""
-    exists = _existing(plan, z)
-    z = without(exists, _capped(settings, z))
-    return example_costs(
-        z, rows.labels, rows.sample_weight, settings.options, exists, plan.axes, in_place=True
-    )
+# Steps: what is made of a block's logits.
 
 
-def _capped(settings, z):
-    """The logits, bent below the softcap if there is one."""
-    c = settings.softcap
-    return z if c is None else c * jnp.tanh(z / c)
+def _costs(plan, z, shared, rows):
+    """The cost of each row and its weight, and statistics without a gradient, as far as wanted."""
+    axes, v, options = plan.axes, rows.free.sample_weight, shared.free.options
+    z, bent, exists = _bent(plan, z, shared, rows)
+    labels = _targets(plan, bent, shared, rows, exists)
+    cost, on_the_way = example_costs(bent, labels, v, options, exists, axes, in_place=True)
+    weight = example_weights(labels, v, options.class_weight, axes) if plan.has_weights else None
+    statistics = None
+    if plan.has_statistics:
+        statistics = _as_statistics(*_statistics_of(plan, z, bent, labels, on_the_way))
+    return (cost, weight), statistics
 
 
-def _existing(plan, z):
-    """Which of this device's classes exist; None for all."""
-    if plan.num_classes == class_count(z, plan.axes):
-        return None
-    number = first_class(z, plan.axes) + jnp.arange(z.shape[-1])
-    return across(number < plan.num_classes, z.ndim)
+def _statistics(plan, z, shared, rows):
+    """Each row's statistics, and its numbers of classes, which have no gradient."""
+    z, bent, exists = _bent(plan, z, shared, rows)
+    return _statistics_of(plan, z, bent, _targets(plan, bent, shared, rows, exists))
 
 
-def _all_statistics(plan, x, rows, layer, settings, _):
-    """The statistics of a device's rows."""
-    batch = x.shape[:-1]
-    x, rows = _flat((x, rows), len(batch))
-    statistics = _statistics(plan, x, rows, layer, settings)
-    return jax.tree.map(lambda array: array.reshape(batch), statistics)
+def _statistics_of(plan, z, bent, labels, on_the_way=None):
+    axes, first = plan.axes, first_class(z, plan.axes)
+    normalizer, entropy, likelihood, number = row_statistics(axes, bent, labels)
+    if on_the_way is not None:
+        normalizer, likelihood = on_the_way
+    # What bends logits changes no order, but may make them equal.
+    prediction = number + first if bent is z else winner(axes, z)[:, 0]
+    label_rank = None
+    if labels is not None and not jnp.issubdtype(labels.dtype, jnp.floating):
+        label_rank = rank(axes, z, labels[:, None] - first)[:, 0]
+        # The last one where there is no rank, so that nobody counts it as a hit.
+        label_rank = jnp.where(jnp.isfinite(likelihood), label_rank, plan.num_classes)
+    return (normalizer, entropy, likelihood), (prediction, label_rank)
+
+
+def _bent(plan, z, shared, rows):
+    """The logits, the same as the softmax takes them, and which classes of this device exist.
+
+    Where a class does not both are −∞. None stands for all classes.
+    """
+    exists = [
+        across(mask, z.ndim) for mask in (shared.fixed.exists, rows.fixed.exists) if mask is not None
+    ]
+    if plan.num_classes != class_count(z, plan.axes):
+        number = first_class(z, plan.axes) + jnp.arange(z.shape[-1])
+        exists.append(across(number < plan.num_classes, z.ndim))
+    exists = reduce(jnp.logical_and, exists) if exists else None
+    seen = without(exists, z)
+    is_bent = any(each is not None for each in shared.free.bend)
+    return seen, without(exists, _after(shared.free.bend, z)) if is_bent else seen, exists
+
+
+def _after(bend, z):
+    c, scale = bend
+    z = z if c is None else c * jnp.tanh(z / c)
+    if scale is None:
+        return z
+    # One below 0 would turn the order of the classes round.
+    return z * (scale if isinstance(scale, float) else jnp.where(scale > 0, scale, jnp.nan))
+
+
+def _targets(plan, z, shared, rows, exists) -> Any:
+    """Integer labels, or the probabilities of a block's rows."""
+    (probabilities, _), (numbers, features, _) = rows
+    if shared.fixed.teacher is not None:
+        taught = _after(shared.fixed.bend, logits_of(features, shared.fixed.teacher))
+        return row_of(plan.axes, without(exists, taught)).probabilities.astype(z.dtype)
+    if probabilities is None or numbers is None:
+        return numbers if probabilities is None else probabilities
+    probabilities = probabilities.astype(z.dtype)
+    index = numbers - first_class(z, plan.axes)
+    index = jnp.where(index < 0, z.shape[-1], index)
+    row = jnp.arange(z.shape[0])[:, None]
+    targets = jnp.zeros_like(z).at[row, index].add(probabilities, mode="drop")
+    nowhere = jnp.any((numbers < 0) & (probabilities != 0), axis=-1, keepdims=True)
+    return jnp.where(nowhere, jnp.nan, targets)
+
+
+# How steps are run: with the rules of their own, or with one of all blocks.
+
+
+def _is_by_row(plan, x, rows, layer):
+    return _is_one_block(plan, x, layer) or _is_shared((x, rows), layer.weights)
+
+
+def _is_one_block(plan, x, layer):
+    is_wide = x.dtype == arithmetic_dtype(x.dtype)
+    return is_wide and fits_one_block(x.shape[0], layer.weights.shape[1], plan.block_size)
+
+
+def _by_row(plan, x, layer, shared, rows):
+    """What the step gives for each row."""
+    is_shared = _is_shared((x, rows), layer.weights)
+    x = x.astype(arithmetic_dtype(x.dtype)) if is_shared else x
+    run = _whole if _is_one_block(plan, x, layer) else _recomputed if is_shared else _each
+    return run(plan, x, layer, shared, rows)
 
 
 @partial(jax.jit, static_argnums=0)
-def _statistics(plan, x, rows, layer, settings):
-    """The statistics of each row."""
-    axes = plan.axes
-
-    def step(z, settings, rows):
-        exists = _existing(plan, z)
-        # The softcap changes no order, but may make logits equal.
-        prediction = winner(axes, without(exists, z))
-        costs = None if rows.labels is None else _costs(plan, z, settings, rows)
-        z = without(exists, _capped(settings, z))
-        sums = sums_without(axes, z, prediction - first_class(z, axes))
-        log_sum = jnp.log(sums.total)
-        # As far behind as there are numbers: a class that does not exist adds 0, and 0 · ∞ would not be.
-        behind = jnp.minimum(sums.maximum - rounded(z), jnp.finfo(z.dtype).max / 2)
-        surprises = jnp.exp(rounded(z) - sums.maximum) * (log_sum + behind)
-        of_others = sum_of_all_but(axes, surprises, sums.number)
-        entropy = (sums.own * jnp.log1p(sums.others / sums.own) + of_others) / sums.total
-        label = None if costs is None else -costs
-        log_normalizer = sums.maximum + log_sum
-        return HeadStatistics(log_normalizer[:, 0], prediction[:, 0], entropy[:, 0], label)
-
-    return for_each_row(step, plan.block_size, False, x, layer, settings, rows)
+def _whole(plan, x, layer, shared, rows):
+    """Of one block, which needs no rule but the step's own."""
+    x, layer, shared, rows = _each_its_own(plan, x, layer, shared, rows)
+    return in_one_block(partial(plan.step, plan), x, layer, shared, rows)
 
 
 @partial(jax.jit, static_argnums=0)
-def _whole(plan, x, layer, settings, rows):
-    """The cost of each row of one block, which needs no rule but the cost's own."""
-    x, layer, settings, rows = _each_its_own(plan, x, layer, settings, rows)
-    return in_one_block(partial(_costs, plan), x, layer, settings, rows)
-
-
-@partial(jax.jit, static_argnums=0)
-def _recomputed(plan, x, layer, settings, rows):
-    """The cost of each row, without a rule for all blocks: each is computed again for its gradient."""
-    x, layer, settings, rows = _each_its_own(plan, x, layer, settings, rows)
+def _recomputed(plan, x, layer, shared, rows):
+    """Without a rule for all blocks: each is computed again for its gradient."""
+    x, layer, shared, rows = _each_its_own(plan, x, layer, shared, rows)
     wide = layer._replace(weights=layer.weights.astype(x.dtype))
-    return for_each_row(partial(_costs, plan), plan.block_size, True, x, wide, settings, rows)
+    return for_each_row(partial(plan.step, plan), plan.block_size, True, x, wide, shared, rows)
 
 
-def _each_its_own(plan, x, layer, settings, rows):
+def _each_its_own(plan, x, layer, shared, rows):
     """The same, each device's own: what varies along one mesh axis in one array does so in all."""
-    along = frozenset().union(*map(varying, jax.tree.leaves((x, layer, settings, rows))))
-    layer, settings, rows = spread((layer, settings, rows), along - set(plan.axes))
-    return spread(x, along), layer, settings, rows
+    along = frozenset().union(*map(varying, jax.tree.leaves((x, layer, shared, rows))))
+    layer, shared, rows = spread((layer, shared, rows), along - set(plan.axes))
+    return spread(x, along), layer, shared, rows
 
 
 def _scaled(factor, array):
@@ -465,60 +754,66 @@ def _cast(gradients, like):
 
 # The cost of all rows together, times the scale; its gradient is formed together with it.
 @custom_vjp_static_first
-def _total(plan, x, layer, settings, rows, scale):
-    return _scaled(scale, jnp.sum(_forward(plan, x, layer, settings, rows)))
+def _total(plan, x, layer, shared, rows, scale):
+    (costs, _), statistics = _forward(plan, x, layer, shared, rows)
+    return _scaled(scale, jnp.sum(costs)), statistics
 
 
-def _total_fwd(plan, x, layer, settings, rows, scale):
+def _total_fwd(plan, x, layer, shared, rows, scale):
     cotangent = part(jnp.broadcast_to(scale, x.shape[:1]), plan.axes)
-    costs, gradients = _with_gradients(plan, x, layer, settings, rows, cotangent)
+    results, gradients = _with_gradients(plan, x, layer, shared, rows, (cotangent, None))
+    (costs, _), statistics = results
     total = jnp.sum(costs)
     # The arguments are kept for their dtypes alone.
     gradients = *gradients, part(total, plan.axes)
-    return _scaled(scale, total), (gradients, (x, layer, settings, rows, scale))
+    return (_scaled(scale, total), statistics), (gradients, (x, layer, shared, rows, scale))
 
 
-def _total_bwd(plan, residuals, cotangent):
+def _total_bwd(plan, residuals, cotangents):
     gradients, like = residuals
+    cotangent, _ = cotangents
     return _cast(jax.tree.map(partial(_scaled, whole(cotangent, plan.axes)), gradients), like)
 
 
 _total.defvjp(_total_fwd, _total_bwd)
 
 
-# The cost of each row. Its logits are computed again for the gradient.
+# The step's results for each row. Its logits are computed again for the gradient.
 @custom_vjp_static_first
-def _each(plan, x, layer, settings, rows):
-    return _each_fwd(plan, x, layer, settings, rows)[0]
+def _each(plan, x, layer, shared, rows):
+    return _each_fwd(plan, x, layer, shared, rows)[0]
 
 
-def _each_fwd(plan, x, layer, settings, rows):
-    return _forward(plan, x, layer, settings, rows), (x, layer, settings, rows)
+def _each_fwd(plan, x, layer, shared, rows):
+    return _forward(plan, x, layer, shared, rows), (x, layer, shared, rows)
 
 
-def _each_bwd(plan, like, cotangent):
-    return _cast(_with_gradients(plan, *like, cotangent)[1], like)
+def _each_bwd(plan, like, cotangents):
+    return _cast(_with_gradients(plan, *like, cotangents[0])[1], like)
 
 
 _each.defvjp(_each_fwd, _each_bwd)
 
 
 @partial(jax.jit, static_argnums=0)  # Outside jit a loop would be compiled again for every call.
-def _forward(plan, x, layer, settings, rows):
-    """The cost of each row."""
+def _forward(plan, x, layer, shared, rows):
+    """What the step gives for each row."""
 
-    def step(z, settings, rows):
+    def step(z, shared, rows):
         # By its forward rule, which forward mode can differentiate where it cannot the cost with a rule.
-        return jax.vjp(lambda z: _costs(plan, z, settings, rows), z)[0]
+        results, _, others = jax.vjp(lambda z: plan.step(plan, z, shared, rows), z, has_aux=True)
+        return results, others
 
-    return for_each_row(step, plan.block_size, False, x, layer, settings, rows)
+    return for_each_row(step, plan.block_size, False, x, layer, shared, rows)
 
 
 @partial(jax.jit, static_argnums=0)
-def _with_gradients(plan, x, layer, settings, rows, cotangent):
-    """The cost C_n of each row, and the gradient of Σ_n cotangent_n C_n by all others."""
-    arguments = _each_its_own(plan, x, layer, settings, rows)
+def _with_gradients(plan, x, layer, shared, rows, cotangents):
+    """What the step gives for each row, and cotangents of its results as those of all others."""
+    arguments = _each_its_own(plan, x, layer, shared, rows)
     # Where it varied as much before, no other device has a part of the gradient's sum.
     pairs = zip((x, layer.weights), (arguments[0], arguments[1].weights), strict=True)
     is_whole = IsWhole(*(varying(before) == varying(after) for before, after in pairs))
-    return with_gradients(partial(_costs, plan), plan.block_size, is_whole, *arguments, cotangent)
+    arrays = 4 if plan.is_formed else 1
+    step = partial(plan.step, plan)
+    return with_gradients(step, plan.block_size, arrays, is_whole, *arguments, cotangents)

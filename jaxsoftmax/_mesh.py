@@ -191,7 +191,7 @@ def places_of(x: Array, w: Array, batch_axis: Any, class_axis: Any) -> Places:
     return Places(batch, batch_axes, class_axes, bool(batch_axes or class_axes))
 
 
-def on_devices(function: Callable[..., Any], specs: Any, result: P, arguments: Any) -> Any:
+def on_devices(function: Callable[..., Any], specs: Any, result: Any, arguments: Any) -> Any:
     """`function(*arguments)` under `jax.shard_map`: on each device's part of the arrays."""
     arguments = jax.tree.map(jnp.asarray, arguments)
     return jax.shard_map(function, in_specs=specs, out_specs=result)(

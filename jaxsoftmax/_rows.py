@@ -85,6 +85,11 @@ def rounded(logits: Array) -> Array:
     return jnp.where(logits == logits, logits, -logits)  # but for NaN
 
 
+def bounded(difference: Array) -> Array:
+    """The difference, as far as there are numbers, since 0 · ∞ is NaN."""
+    return jnp.minimum(difference, jnp.finfo(difference.dtype).max / 2)
+
+
 def is_class(values: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]) -> Array:
     """Whether each class is the one of its row at `index`."""
     return class_numbers(values) == index
@@ -168,13 +173,37 @@ def winner(axes: Axes, values: Float[Array, "*batch classes"]) -> Integer[Array,
 
 
 @partial(jax.jit, static_argnums=0)
+def rank(
+    axes: Axes, values: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]
+) -> Integer[Array, "*batch 1"]:
+    """How many of each row's values are larger than that at `index`, or as large and before it.
+
+    Any number where that is −inf or NaN.
+    """
+    values = jax.lax.stop_gradient(values)
+    own = rounded(pick(values, index, axes))
+    on_cpu = _ahead_elsewhere if known_size(values.shape[-1]) > MOST_FLOATS else _ahead_on_cpu
+    return total(by_processor(on_cpu, _ahead_elsewhere, values, own, index), axes)
+
+
+@partial(jax.jit, static_argnums=0)
+def behind_in_all(
+    axes: Axes, logits: Float[Array, "*batch classes"], sums: RowSums
+) -> Float[Array, "*batch 1"]:
+    """Σ_{k≠i} e_k (z_i − z_k) of each row. It has no derivative of its own."""
+    ways = (partial(way, axes) for way in (_behind_on_cpu, _behind_elsewhere))
+    of_maximum = by_processor(*ways, jax.lax.stop_gradient(logits), sums.number, sums.maximum)
+    return of_maximum + sums.ahead * sums.others
+
+
+@partial(jax.jit, static_argnums=0)
 def sum_of_all_but(
     axes: Axes, values: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]
 ) -> Float[Array, "*batch 1"]:
     """The sum over each row without the value at `index`."""
 
     def on_cpu(values, index):
-        distance = _distance(values, index.astype(values.dtype))
+        distance = _distance(values, index, values.dtype)
         return jnp.sum(values * jnp.minimum(distance, 1), axis=-1, keepdims=True)
 
     def elsewhere(values, index):
@@ -319,6 +348,18 @@ def _scaled_elsewhere(kept, maximum, factor):
     return factor * jnp.exp(rounded(kept.astype(maximum.dtype)) - maximum)
 
 
+def _ahead_elsewhere(values, own, index):
+    values = rounded(values)
+    is_ahead = (values > own) | ((values == own) & (class_numbers(values) < index))
+    return jnp.sum(is_ahead, axis=-1, keepdims=True, dtype=jnp.int32)
+
+
+def _behind_elsewhere(axes, z, index, m):
+    z = rounded(z.astype(m.dtype))
+    others = jnp.where(is_class(z, index), 0, jnp.exp(z - m) * bounded(m - z))
+    return sum_over_classes(others, axes)
+
+
 def _winner_elsewhere(axes, values):
     number = jnp.argmax(values, axis=-1, keepdims=True).astype(jnp.int32) + first_class(values, axes)
     if not axes:
@@ -338,6 +379,7 @@ def _winner_elsewhere(axes, values):
 
 
 FEW = 10  # classes
+MOST_FLOATS = 2**24  # classes that float32 can number. More are numbered by integers, more slowly.
 
 
 def _sums_on_cpu(axes, z, index, of_winner=False):
@@ -349,7 +391,7 @@ def _sums_on_cpu(axes, z, index, of_winner=False):
 
     def others(z, first, low, index):
         # The smaller of a distance and e_k: 0 for the class at index, e_k for all others.
-        distance = _distance(z, (index - first).astype(low.dtype), 2.0**100)
+        distance = _distance(z, index - first, low.dtype, 2.0**100)
         return jnp.minimum(
             distance, _exponentials(z, low) if of_winner else jnp.exp(_settled(z, low) - low)
         )
@@ -376,6 +418,27 @@ def _kept_on_cpu(in_place, axes, z, index):
     own, m = _references(axes, z, index, in_place)
     e = _set_zero(in_place, _exponentials(z, m), index)
     return m, own - m, total(_reduce_row(jnp.sum, lambda e, _: e, e), axes) / UNIT, e
+
+
+def _ahead_on_cpu(values, own, index):
+    def ahead(values, first, own, zero, index):
+        # Any difference is more than all numbers of classes then.
+        larger = (_settled(values, own) - own) * 2.0**126
+        before = _places_before(values, index - first, own.dtype)
+        return jnp.maximum(jnp.minimum(larger + before, 1), zero)
+
+    own = own.astype(arithmetic_dtype(values.dtype))
+    # A constant 0 would make one operation of both bounds, before which XLA stores what it bounds.
+    return _reduce_row(jnp.sum, ahead, values, own, 0 * own, index).astype(jnp.int32)
+
+
+def _behind_on_cpu(axes, z, index, m):
+    def others(z, first, index, m):
+        z = _settled(z, m)
+        is_other = jnp.minimum(_distance(z, index - first, m.dtype), 1)
+        return is_other * (jnp.exp(z - m) * bounded(m - z))
+
+    return total(_reduce_row(jnp.sum, others, z, index, m), axes)
 
 
 def _reduce_row(reduce, terms, z, *columns):
@@ -449,10 +512,17 @@ def _exponentials(z, m):
     return root * (UNIT * root)
 
 
-def _distance(values, index, unit=1.0):
+def _distance(values, index, dtype, unit=1.0):
     """How many classes each class is away from the one at `index`, times the unit."""
-    numbers = unit * jnp.arange(values.shape[-1], dtype=index.dtype)
-    return jnp.abs(across(numbers, index.ndim) - unit * index)
+    return jnp.abs(_places_before(values, index, dtype, unit))
+
+
+def _places_before(values, index, dtype, unit=1.0):
+    """How many classes each class is before the one at `index`, times the unit."""
+    numbers = jnp.arange(values.shape[-1], dtype=index.dtype)
+    if known_size(values.shape[-1]) > MOST_FLOATS:
+        return unit * (index - across(numbers, index.ndim)).astype(dtype)
+    return unit * index.astype(dtype) - across(unit * numbers.astype(dtype), index.ndim)
 
 
 def _apart(z):
@@ -471,6 +541,8 @@ def _settled(z, m):
 
 def _winner_on_cpu(axes, values):
     dtype, count = arithmetic_dtype(values.dtype), class_count(values, axes)
+    if known_size(count) > MOST_FLOATS:
+        return _winner_elsewhere(axes, values)
     m = largest(jnp.max(_apart(values), axis=-1, keepdims=True).astype(dtype), axes)
     # 0 for the largest and 1 elsewhere: the smallest difference there is, made 1.
     tiny = 2.0**-100

@@ -164,7 +164,9 @@ class Row(NamedTuple):
     @property
     def probabilities(self) -> Float[Array, "*batch classes"]:
         """a_k."""
-        return share(self._exponentials, self._others)
+        _, maximum, _, rest = self.sums
+        of_others = jnp.exp(self._wide - maximum) / self.sums.total
+        return jnp.where(self._is_winner, share(self.sums.own, rest), of_others)
 
     @property
     def complements(self) -> Float[Array, "*batch classes"]:

@@ -89,6 +89,18 @@ def log_likelihood_target_vjp(z, t, c):
 
 
 @by_rows
+def entropy(z):
+    return mpmath.fsum(p * _minus_log(p) for p in _probabilities(z) if p != 0)
+
+
+@by_rows
+def entropy_vjp(z, c):
+    a = _probabilities(z)
+    mean = mpmath.fsum(p * _minus_log(p) for p in a)
+    return [c[0] * p * (_minus_log(p) - mean) for p in a]
+
+
+@by_rows
 def quadratic(z, t):
     return mpmath.fsum((p - v) ** 2 for p, v in zip(_probabilities(z), t, strict=True)) / 2
 

@@ -114,7 +114,7 @@ def values_and_gradients():
         jax.vjp(js.log_softmax, z)[1](z),
         jax.value_and_grad(cost, (0, 1))(z, rows),
         jax.value_and_grad(head, (0, 1, 2))(z, w, bias),
-        statistics._replace(prediction=None),
+        statistics._replace(prediction=None, label_rank=None),
         jax.value_and_grad(js.network_cost)(network, z, labels),
         js.backpropagate(network, z, labels),
     )
