@@ -3,15 +3,15 @@
 Value and gradient by features and weights (and the bias, where a peer takes one), as ratios to the
 layer's three matrix products alone: optax's integer loss on all the logits, plain and under
 `jax.checkpoint`; jax-cce, tokamax, and in a process of its own PyTorch and cut-cross-entropy, each where
-it is installed. Then the head's block sizes, and its growth with classes and with rows. Saves head.md
-and head.png beside this file.
+it is installed. Then the head's block sizes, what else it does, and its growth with classes and with
+rows. Saves head.md and head.png beside this file.
 """
 
 import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -222,6 +222,82 @@ def blocks() -> list[str]:
     return lines
 
 
+def four_products(x: jax.Array, w: jax.Array, *_: jax.Array) -> tuple[jax.Array, ...]:
+    """The three, and the logits once more, as a gradient that enters each row by itself takes them."""
+    again = jnp.matmul(*jax.lax.optimization_barrier((x, w)))
+    return *products(x, w), jax.lax.optimization_barrier(again)
+
+
+def with_teacher(x: jax.Array, w: jax.Array, more: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The three, and the teacher's logits."""
+    return *products(x, w), jax.lax.optimization_barrier(jnp.matmul(more[-2], more[-1]))
+
+
+def beside(x: jax.Array, w: jax.Array, more: tuple[jax.Array, ...], names: Sequence[str]) -> tuple:
+    """The cost and some of its statistics."""
+    cost, statistics = js.linear_log_likelihood_cost(x, w, None, more[0], return_statistics=True)
+    return cost, [getattr(statistics, name) for name in names]
+
+
+def policy(x: jax.Array, w: jax.Array, more: tuple[jax.Array, ...]) -> jax.Array:
+    """A policy gradient with an entropy bonus."""
+    statistics = js.head_statistics(x, w, None, more[0])
+    likelihood = statistics.label_log_likelihood
+    assert likelihood is not None
+    return -jnp.mean(likelihood + 0.01 * statistics.entropy)
+
+
+def sparse(x: jax.Array, w: jax.Array, more: tuple[jax.Array, ...]) -> jax.Array:
+    """The cost of labels of a few classes each."""
+    shares = jnp.full(more[1].shape, 1 / more[1].shape[-1])
+    return js.linear_log_likelihood_cost(x, w, None, js.SparseLabels(more[1], shares))
+
+
+def taught(x: jax.Array, w: jax.Array, more: tuple[jax.Array, ...]) -> jax.Array:
+    """The cost of a teacher's softmax as labels."""
+    return js.linear_log_likelihood_cost(x, w, None, js.TeacherLabels(*more[2:]))
+
+
+# The products that each use cannot do without, and the use.
+FLOORS = {"3": products, "4": four_products, "3 and the teacher's": with_teacher}
+USES = {
+    "the cost": ("3", lambda x, w, more: (js.linear_log_likelihood_cost(x, w, None, more[0]), ())),
+    "beside it the predictions": ("3", partial(beside, names=["prediction"])),
+    "beside it the entropies": ("3", partial(beside, names=["entropy"])),
+    "beside it all statistics": ("3", partial(beside, names=js.HeadStatistics._fields)),
+    "labels of 20 classes each": ("3", lambda *numbers: (sparse(*numbers), ())),
+    "a teacher of 512 features": ("3 and the teacher's", lambda *numbers: (taught(*numbers), ())),
+    "entropy and log-likelihood": ("4", lambda *numbers: (policy(*numbers), ())),
+}
+
+
+def uses() -> list[str]:
+    """The table of what else the head does."""
+    lines = [
+        "",
+        "What else the head does, value and gradient by features and weights in float32: time over that "
+        "of its products alone, temporary bytes over those of the logits.",
+        "",
+        "| use | products | rows, features, classes | time | memory |",
+        "|---|---|---|---|---|",
+    ]
+    for rows, features, classes in ((2048, 64, 32_000), (2048, 256, 32_000), (1024, 128, 32_000)):
+        x, w, _, labels = layer(rows, features, classes, "float32")
+        few = jnp.asarray(np.random.default_rng(1).integers(0, classes, (rows, 20)), jnp.int32)
+        more = labels, few, *layer(rows, 512, classes, "float32")[:2]
+        functions = {
+            name: jax.value_and_grad(use, (0, 1), has_aux=True) for name, (_, use) in USES.items()
+        }
+        results = measured({**functions, **FLOORS}, (x, w, more), 9)
+        for name, (floor, _) in USES.items():
+            seconds, memory, _ = results[name]
+            ratio, share = seconds / results[floor][0], memory / (rows * classes * 4)
+            shape = f"{rows}, {features}, {classes}"
+            lines.append(f"| {name} | {floor} | {shape} | {ratio:.2f} | {share:.3f} |")
+            print(lines[-1], flush=True)
+    return lines
+
+
 def grown(shapes: list[tuple[int, int]], block_size: int | None) -> list[tuple[float, float]]:
     """Nanoseconds for each logit and feature, and temporary megabytes, by rows and classes."""
     cost = partial(js.linear_log_likelihood_cost, block_size=block_size)
@@ -242,7 +318,7 @@ def grown(shapes: list[tuple[int, int]], block_size: int | None) -> list[tuple[f
 
 def main() -> None:
     """Measures, prints and saves."""
-    lines = peers() + blocks()
+    lines = peers() + blocks() + uses()
     by_classes = grown([(1024, classes) for classes in CLASSES], None)
     by_rows = grown([(rows, 32_000) for rows in ROWS], 128)
     lines += [

@@ -86,7 +86,7 @@ def log_likelihood_cost(
 
     With m the row's maximum and r the sum of exp(z_k − m) over all classes but the winner,
     an example costs Σ_k y_k [(m − z_k) + log1p(r)], and its gradient is
-    ∂C/∂z_j = a_j − y_j, computed as a_j (Σ_k y_k − y_j) − y_j (1 − a_j) with 1 − a_j taken from r.
+    ∂C/∂z_j = a_j − y_j, for the winner a_w Σ_{k≠w} y_k − y_w (1 − a_w) with 1 − a_w taken from r.
     Neither loses digits, however confident the prediction. The mean's gradient carries 1/N.
 
     In full, with targets q_k = (1 − α) y_k + α/K, class weights w and sample weight v, an example costs
@@ -447,7 +447,7 @@ def log_likelihood_gradient(row: Row, labels: Array, axes: Axes = ()) -> Float[A
     a = row.probabilities
     if not _is_probability(labels):
         return jnp.where(is_class(a, _number(labels, a, axes)), -row.complements, a)
-    # Only the winner's a may be more than ½ and its y nearly T. There it is a (T − y) − y (1 − a).
+    # Only the winner's a may be more than ½, so only its a T is no better known than what is left of it.
     index, sums = row.sums.number, row.sums
     others, own = sum_of_all_but(axes, labels, index), pick(labels, index, axes)
     of_winner = share(sums.own, sums.others) * others - share(sums.others, sums.own) * own
@@ -557,9 +557,8 @@ def _target_cost_fwd(axes, logits, targets):
 
 
 # C = −Σ_k t_k ln a_k with ∂ ln a_k/∂z_j = δ_jk − a_j, so
-#     ∂C/∂z_j = a_j T − t_j,                     T = Σ_k t_k
-#             = a_j (T − t_j)  −  t_j (1 − a_j)  where nothing cancels: at the label of a one-hot
-#                                                target the first term is 0, elsewhere the second
+#     ∂C/∂z_j = a_j T − t_j,                  T = Σ_k t_k
+#     ∂C/∂z_w = a_w (T − t_w) − t_w (1 − a_w)  for the winner, where a_w T may be nearly t_w
 #     ∂C/∂t_k = −ln a_k
 # and as above ∂ ln Σ_k e_k/∂z_j = a_j
 def _target_cost_bwd(axes, residuals, cotangents):
