@@ -404,7 +404,8 @@ def _sizes(way, rows, features, classes, dtype, block_size, arrays):
     """Rows in a part, and rows in a block of it."""
     size = block_size or way.rows(rows, classes)
     if not way.keeps or rows == 0:
-        size = block_size or max(1, size // arrays)
+        # Fewer logits than make a quarter of a block that is alone would only take more time.
+        size = block_size or max(1, size // arrays, min(size, ONE_BLOCK // 4 // classes))
         return size, size
     # D in the features' dtype against the accumulator in four bytes. A block with a unit is a part.
     most = 0 if _has_units(dtype) else 4 * features // jnp.dtype(dtype).itemsize

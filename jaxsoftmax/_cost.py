@@ -647,7 +647,9 @@ def _row_statistics_bwd(axes, residuals, cotangents):
         cotangent[..., None] for cotangent in whole(cotangents[:3], axes) if cotangent is not None
     )
     behind = jnp.where(is_class(row.logits, row.sums.number), 0, _behind(row))
-    gradient = row.probabilities * (d_normalizer + d_entropy * (behind - mean_behind))
+    # The distance first by a_j, which is 0 where it is too large to be multiplied.
+    a = row.probabilities
+    gradient = d_normalizer * a + d_entropy * (a * (behind - mean_behind))
     ignored = (d_normalizer == 0) & (d_entropy == 0) & ~_is_positive(row.sums.total)
     gradient = jnp.where(ignored, 0, gradient)
     if labels is None:

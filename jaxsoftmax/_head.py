@@ -672,11 +672,36 @@ def _bent(plan, z, shared, rows):
 
 def _after(bend, z):
     c, scale = bend
-    z = z if c is None else c * jnp.tanh(z / c)
+    z = z if c is None else _capped(z, c)
     if scale is None:
         return z
     # One below 0 would turn the order of the classes round.
-    return z * (scale if isinstance(scale, float) else jnp.where(scale > 0, scale, jnp.nan))
+    return _times(z, scale if isinstance(scale, float) else jnp.where(scale > 0, scale, jnp.nan))
+
+
+# Their derivatives by c and by the scale have z as a factor, which may be −∞ where nothing follows it.
+@jax.custom_jvp
+def _times(z, scale):
+    return z * scale
+
+
+@_times.defjvp
+def _times_jvp(primals, tangents):
+    (z, scale), (d_z, d_scale) = primals, tangents
+    return z * scale, d_z * scale + jnp.where(z == -jnp.inf, 0, z) * d_scale
+
+
+@jax.custom_jvp
+def _capped(z, c):
+    return c * jnp.tanh(z / c)
+
+
+@_capped.defjvp
+def _capped_jvp(primals, tangents):
+    (z, c), (d_z, d_c) = primals, tangents
+    t = jnp.tanh(z / c)
+    slope = (1 + t) * (1 - t)
+    return c * t, slope * d_z + (t - jnp.where(z == -jnp.inf, 0, z / c) * slope) * d_c
 
 
 def _targets(plan, z, shared, rows, exists) -> Any:

@@ -190,10 +190,28 @@ def rank(
 def behind_in_all(
     axes: Axes, logits: Float[Array, "*batch classes"], sums: RowSums
 ) -> Float[Array, "*batch 1"]:
-    """Σ_{k≠i} e_k (z_i − z_k) of each row. It has no derivative of its own."""
+    """Σ_{k≠i} e_k (z_i − z_k) of each row."""
+    # Where the others are small they are measured from further below, so that none underflows.
+    m = sums.maximum
+    low = m - jax.lax.stop_gradient(jnp.where(sums.others < 1e-9, 40, jnp.zeros_like(m)))
+    return _behind(axes, logits, sums.number, m, low) * jnp.exp(low - m) + sums.ahead * sums.others
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _behind(axes, z, index, m, low):
+    """Σ_{k≠i} exp(z_k − low) (m − z_k)."""
     ways = (partial(way, axes) for way in (_behind_on_cpu, _behind_elsewhere))
-    of_maximum = by_processor(*ways, jax.lax.stop_gradient(logits), sums.number, sums.maximum)
-    return of_maximum + sums.ahead * sums.others
+    return by_processor(*ways, z, index, m, low)
+
+
+@_behind.defjvp
+def _behind_jvp(axes, primals, tangents):
+    # The maximum is held fixed.
+    (z, index, m, low), (d_logits, *_) = primals, tangents
+    wide = rounded(z.astype(m.dtype))
+    slope = jnp.exp(wide - low) * (bounded(m - wide) - 1)
+    d_behind = sum_over_classes(jnp.where(is_class(z, index), 0, slope * d_logits.astype(m.dtype)), axes)
+    return _behind(axes, *primals), d_behind
 
 
 @partial(jax.jit, static_argnums=0)
@@ -354,10 +372,9 @@ def _ahead_elsewhere(values, own, index):
     return jnp.sum(is_ahead, axis=-1, keepdims=True, dtype=jnp.int32)
 
 
-def _behind_elsewhere(axes, z, index, m):
+def _behind_elsewhere(axes, z, index, m, low):
     z = rounded(z.astype(m.dtype))
-    others = jnp.where(is_class(z, index), 0, jnp.exp(z - m) * bounded(m - z))
-    return sum_over_classes(others, axes)
+    return sum_over_classes(jnp.where(is_class(z, index), 0, jnp.exp(z - low) * bounded(m - z)), axes)
 
 
 def _winner_elsewhere(axes, values):
@@ -432,13 +449,13 @@ def _ahead_on_cpu(values, own, index):
     return _reduce_row(jnp.sum, ahead, values, own, 0 * own, index).astype(jnp.int32)
 
 
-def _behind_on_cpu(axes, z, index, m):
-    def others(z, first, index, m):
-        z = _settled(z, m)
+def _behind_on_cpu(axes, z, index, m, low):
+    def others(z, first, index, m, low):
         is_other = jnp.minimum(_distance(z, index - first, m.dtype), 1)
-        return is_other * (jnp.exp(z - m) * bounded(m - z))
+        z = _settled(z, m)
+        return is_other * (jnp.exp(z - low) * bounded(m - z))
 
-    return total(_reduce_row(jnp.sum, others, z, index, m), axes)
+    return total(_reduce_row(jnp.sum, others, z, index, m, low), axes)
 
 
 def _reduce_row(reduce, terms, z, *columns):

@@ -212,7 +212,7 @@ def test_costs_of_every_kind_of_labels(kind, dtype, reduction, options, by_row):
     assert_as_plain(head, partial(plain_cost, **fixed), *case, dtype)
 
 
-@pytest.mark.parametrize(("lead", "block_size"), [(5.0, 2), (20.0, None), (40.0, 2), (40.0, None)])
+@pytest.mark.parametrize(("lead", "block_size"), [(5.0, 2), (20.0, None), (40.0, 2), (80.0, None)])
 def test_entropy_keeps_its_digits_however_confident(lead, block_size):
     z = np.random.default_rng(1).normal(size=(3, 12)).astype(np.float32)
     z[:, 4] = z.max(1) + np.float32(lead)
@@ -239,6 +239,59 @@ def test_entropy_keeps_its_digits_however_confident(lead, block_size):
     )
     for actual, exact in zip(run(jnp.asarray(z)), expected, strict=True):
         assert_relative(actual, exact, eps_multiple=8)
+
+
+def test_second_derivatives_of_statistics():
+    x, w, b, t = (
+        normal((3, 4), "float32"),
+        normal((4, 6), "float32", 1, 2.0),
+        normal((6,), "float32", 2),
+        1.5,
+    )
+    labels, direction = jnp.array([0, 5, 2]), normal((4, 6), "float32", 3)
+
+    def head(w, t, block_size):
+        found = js.head_statistics(x, w, b, labels, softcap=4.0, logit_scale=t, block_size=block_size)
+        return sum(jnp.sum(getattr(found, name) * jnp.arange(1.0, 4)) for name in FLOATS)
+
+    def plain(x, w, b, t, weights):
+        found = plain_statistics(x, w, b, labels, softcap=4.0, logit_scale=t)
+        return sum(jnp.sum(each * weights) for each in found)
+
+    def both_ways(cost, w, t, direction):
+        gradient = jax.grad(cost)
+        forward = jax.jvp(lambda w, t: gradient(w, t), (w, t), (direction, jnp.ones_like(t)))[1]
+        return forward, jax.grad(lambda w: jnp.vdot(gradient(w, t), direction))(w)
+
+    freely = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
+    with jax.enable_x64(True), freely[0], freely[1]:
+        x_, w_, b_, direction_, t_ = wide((x, w, b, direction, t))
+        exact = both_ways(lambda w, t: plain(x_, w, b_, t, wide(jnp.arange(1.0, 4))), w_, t_, direction_)
+    for block_size in (None, 2):
+        cost = partial(head, block_size=block_size)
+        run = jax.jit(partial(both_ways, cost))
+        assert_close(run(w, jnp.float32(t), direction), jax.tree.map(np.asarray, exact), ulps=64)
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_a_class_of_logit_minus_infinity(block_size):
+    x, w, b = jnp.ones((3, 1)), jnp.array([[1.0, 2, 3]]), jnp.array([0, 0, -jnp.inf])
+    labels = jnp.array([0, 1, 0])
+
+    def cost(x, w, b, c, s):
+        bends = {"softcap": c, "logit_scale": s, "block_size": block_size}
+        found = js.head_statistics(x, w, b, labels, **bends)
+        of_all = 1e30 * (found.entropy + found.log_normalizer + found.label_log_likelihood).sum()
+        return of_all + js.linear_log_likelihood_cost(x, w, b, labels, **bends)
+
+    gradient = jax.jit(jax.grad(cost, (0, 1, 2, 3, 4)))
+    found = gradient(x, w, b, 1e4, 2.0)
+    assert jax.tree.all(jax.tree.map(lambda part: bool(jnp.all(jnp.isfinite(part))), found))
+    # As if there were only the others.
+    others = gradient(x, w[:, :2], b[:2], 1e4, 2.0)
+    assert_close(found[0], others[0], ulps=8)
+    assert_close(found[3:], others[3:], ulps=64)
+    assert not np.any(found[1][:, 2])
 
 
 @pytest.mark.parametrize("block_size", [None, 2])
