@@ -1,5 +1,6 @@
 """The examples run small, and their results are right."""
 
+import argparse
 import gc
 import gzip
 import importlib.util
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -450,12 +452,50 @@ def test_language_model_refuses_nonsense_and_says_when_training_diverged(
     assert not picture.exists()
 
 
-@pytest.mark.parametrize("framework", ["flax_nnx", "equinox_mlp"])
-def test_frameworks_learn_the_same_with_one_line_changed(example, framework):
+def test_distillation_teaches_the_student_without_logits(example, small_text, tmp_path, capsys):
+    picture = tmp_path / "a.png"
+    teacher = ["--teacher-every", "1", "--teacher-width", "16"]
+    student = ["--student-every", "20", "--student-width", "8"]
+    training = ["--epochs", "20", "--batch-size", "1050", "--learning-rate", "0.02"]
+    options = ["--text", str(small_text), *teacher, *student, *training, "--output", str(picture)]
+    result = example("distillation").main(options)
+    teacher, alone, taught = result.runs.values()
+    assert list(result.runs) == ["teacher", "alone", "taught"]
+    assert len(taught.cost) == len(alone.perplexity) == 20
+    assert taught.cost[-1] < 0.8 * taught.cost[0]
+    assert teacher.perplexity[-1] < taught.perplexity[-1] < 0.9 * min(alone.perplexity)
+    assert f"taught    {taught.perplexity[-1]:6.1f} at the end" in capsys.readouterr().out
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_distillation_has_the_gradient_of_all_logits(example, weight, monkeypatch):
+    module = example("distillation")
+    monkeypatch.setattr(module, "REPEATS", 1)
+    options = argparse.Namespace(context=2, temperature=2.0, weight=weight)
+    keys, generator = jax.random.split(jax.random.key(0)), np.random.default_rng(0)
+    numbers = generator.integers(0, 5000, (600, 3))
+    batch = module.lm.Examples(jax.numpy.asarray(numbers[:, :2]), jax.numpy.asarray(numbers[:, 2]))
+    teacher, student = (module.untrained(2, w, k, batch, 5000) for w, k in zip((8, 4), keys, strict=True))
+    # Sharper than a new model, so that its answers differ from row to row.
+    teacher = teacher._replace(embedding=10 * teacher.embedding)
+    costs = [partial(cost, options, teacher) for cost in (module.taught_cost, module.dense_cost)]
+    found, expected = (jax.jit(jax.value_and_grad(cost))(student, batch) for cost in costs)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+    steps = module.measure(dict(zip(("in blocks", "dense"), costs, strict=True)), student, batch)
+    assert steps["in blocks"].memory < 0.5 * steps["dense"].memory
+
+
+@pytest.mark.parametrize(("framework", "lines"), [("flax_nnx", 11), ("equinox_mlp", 0)])
+def test_frameworks_learn_the_same_with_one_line_changed(example, framework, lines, capsys):
     accuracy, difference = example(framework).main([])
     assert list(accuracy) == list(difference) == ["optax_cost", "dense_cost", "head_cost"]
     assert min(accuracy.values()) >= 0.97
     assert max(difference.values()) < 1e-6
+    of_epochs = re.findall(r"make_epoch, .* accuracy ([\d.]+)%", capsys.readouterr().out)
+    assert len(of_epochs) == lines
+    assert all(float(percent) >= 97 for percent in of_epochs[-2:])
 
 
 def test_gradient_accumulation_needs_the_whole_weight(example):
