@@ -57,6 +57,7 @@ def in_one_block(
 def for_each_row(
     step: Step,
     block_size: int | None,
+    arrays: int,
     recompute: bool,
     x: Float[Array, "rows features"],
     layer: Affine,
@@ -66,6 +67,8 @@ def for_each_row(
     """What `step` gives for each row, block by block, each of which takes one product.
 
     To be differentiated as it stands, a block's logits are computed again, if so told, rather than kept.
+    The more `arrays` like a block's logits `step` holds at once, the fewer rows there are in a block on a
+    CPU; 1 for a cost of classes.
     """
 
     def of_block(layer, shared, x, rows):
@@ -74,9 +77,13 @@ def for_each_row(
     of_block = jax.checkpoint(of_block) if recompute else of_block
 
     def blocks(way, x, layer, shared, rows):
-        size = block_size or way.rows_alone(known_size(x.shape[0]), layer.weights.shape[1])
+        count, classes = known_size(x.shape[0]), layer.weights.shape[1]
+        size = block_size or way.rows_alone(count, classes)
+        if way.is_first_apart:
+            size = block_size or _shortened(size, classes, arrays)
+            return _overlapping(partial(of_block, layer, shared), (x, rows), size)
         block = lambda _, __, own: (None, of_block(layer, shared, *own))  # noqa: E731
-        return _in_turn(block, None, (x, rows), size, way.is_first_apart)[1]
+        return _in_turn(block, None, (x, rows), size, False)[1]
 
     return by_processor(partial(blocks, CPU), partial(blocks, ACCELERATOR), x, layer, shared, rows)
 
@@ -101,8 +108,7 @@ def with_gradients(
 ) -> tuple[tuple[Any, Any], tuple[Array, Affine, Given, Given]]:
     """What `step` gives for each row, and a cotangent of its results as one of all before it.
 
-    The more `arrays` like a block's logits `step` holds at once, the fewer rows there are in a block on a
-    CPU; 1 for a cost of classes.
+    Of `arrays` see above.
     Gradients are in float32 or wider, but whole ones by bfloat16 are rounded to it, once all is added:
     then they are never held in float32. What is float16 would lose its range.
     """
@@ -187,6 +193,27 @@ def _in_turn(step, carry, rows, size, is_first_apart):
     carry, last = block(carry, looped * size, others)
     return carry, jax.tree.map(
         lambda many, one: jnp.concatenate([many.reshape(-1, *one.shape[1:]), one]), results, last
+    )
+
+
+def _overlapping(step, rows, size):
+    """`step` of every block of rows in one loop, some rows twice where blocks do not divide them.
+
+    No block is apart: beside one of another loop, XLA on the CPU would store the constants of both.
+    """
+    count = jax.tree.leaves(rows)[0].shape[0]
+    if known_size(count) <= size:
+        return step(*rows)
+    blocks = -(-count // size)
+    size = -(-count // blocks)
+
+    def block(_, start):
+        return None, step(*jax.tree.map(partial(_some_rows, True, start, size), rows))
+
+    starts = jnp.minimum(size * jnp.arange(blocks), count - size)
+    return jax.tree.map(
+        lambda a: jnp.concatenate([a.reshape(-1, *a.shape[2:])[: count - size], a[-1]]),
+        jax.lax.scan(block, None, starts)[1],
     )
 
 
@@ -322,6 +349,12 @@ def _rows_on_cpu(rows, classes):
     return min(max(64, min(-(-rows // 5), 128), -(-rows // 8)), max(2, 2**24 // classes))
 
 
+def _shortened(size, classes, arrays):
+    """Rows in a block where so many arrays are held."""
+    # Fewer logits than make a quarter of a block that is alone would only take more time.
+    return max(1, size // arrays, min(size, ONE_BLOCK // 4 // classes))
+
+
 def _by_features_on_cpu(d_z, weights, unit, dtype):
     # Weights first: faster on the CPU, as long as the compiler does not turn it round again.
     product = jax.lax.optimization_barrier(_product(weights, d_z.T)).T
@@ -404,8 +437,7 @@ def _sizes(way, rows, features, classes, dtype, block_size, arrays):
     """Rows in a part, and rows in a block of it."""
     size = block_size or way.rows(rows, classes)
     if not way.keeps or rows == 0:
-        # Fewer logits than make a quarter of a block that is alone would only take more time.
-        size = block_size or max(1, size // arrays, min(size, ONE_BLOCK // 4 // classes))
+        size = block_size or _shortened(size, classes, arrays)
         return size, size
     # D in the features' dtype against the accumulator in four bytes. A block with a unit is a part.
     most = 0 if _has_units(dtype) else 4 * features // jnp.dtype(dtype).itemsize

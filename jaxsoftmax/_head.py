@@ -193,10 +193,11 @@ def linear_log_likelihood_cost(
             probability labels. Their number must divide evenly: pad, and give `num_classes`.
         block_size: How many rows of logits are held at once, at most. The default, None, depends on
             where the program runs. On a CPU it is an eighth of the rows, but at least 128, or a fifth of
-            the rows if that is less, and at least 64; never more than make 2²⁴ logits, but two; and a
-            quarter of that where blocks form labels. Elsewhere it is as many as make about 2²⁶ logits,
-            2²⁷ where that is all there are for one product; for a value alone at most 512 from 16,384
-            classes on. Up to 2²⁰ logits are one block everywhere, and up to 4 rows on a CPU.
+            the rows if that is less, and at least 64; never more than make 2²⁴ logits, but two; half of
+            that for statistics, and a quarter where blocks form labels, but not so few that they make
+            less than 2¹⁸ logits. Elsewhere it is as many as make about 2²⁶ logits, 2²⁷ where that is
+            all there are for one product; for a value alone at most 512 from 16,384 classes on. Up to
+            2²⁰ logits are one block everywhere, and up to 4 rows on a CPU.
             Beyond its results the gradient takes memory for about one such block in float32 on a CPU,
             two with a bias, smoothing or narrow features, up to six with all options or labels that are
             no integers, and weights of bfloat16 once in float32. Elsewhere it takes two, and the logits'
@@ -397,6 +398,11 @@ class _Plan(NamedTuple):
     num_classes: int
     block_size: int | None
     axes: Axes  # of the mesh, over which classes are spread inside `jax.shard_map`
+
+    @property
+    def arrays(self) -> int:
+        """About how many arrays of a block's size the step holds at once."""
+        return 4 if self.is_formed else 2 if self.step is _statistics else 1
 
 
 class _Layer(NamedTuple):
@@ -753,7 +759,8 @@ def _recomputed(plan, x, layer, shared, rows):
     """Without a rule for all blocks: each is computed again for its gradient."""
     x, layer, shared, rows = _each_its_own(plan, x, layer, shared, rows)
     wide = layer._replace(weights=layer.weights.astype(x.dtype))
-    return for_each_row(partial(plan.step, plan), plan.block_size, True, x, wide, shared, rows)
+    step = partial(plan.step, plan)
+    return for_each_row(step, plan.block_size, plan.arrays, True, x, wide, shared, rows)
 
 
 def _each_its_own(plan, x, layer, shared, rows):
@@ -829,7 +836,7 @@ def _forward(plan, x, layer, shared, rows):
         results, _, others = jax.vjp(lambda z: plan.step(plan, z, shared, rows), z, has_aux=True)
         return results, others
 
-    return for_each_row(step, plan.block_size, False, x, layer, shared, rows)
+    return for_each_row(step, plan.block_size, plan.arrays, False, x, layer, shared, rows)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -839,6 +846,5 @@ def _with_gradients(plan, x, layer, shared, rows, cotangents):
     # Where it varied as much before, no other device has a part of the gradient's sum.
     pairs = zip((x, layer.weights), (arguments[0], arguments[1].weights), strict=True)
     is_whole = IsWhole(*(varying(before) == varying(after) for before, after in pairs))
-    arrays = 4 if plan.is_formed else 1
     step = partial(plan.step, plan)
-    return with_gradients(step, plan.block_size, arrays, is_whole, *arguments, cotangents)
+    return with_gradients(step, plan.block_size, plan.arrays, is_whole, *arguments, cotangents)

@@ -382,6 +382,26 @@ def test_no_gradient_flows_to_a_teacher():
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize(("taught", "rows", "share"), [(False, 2048, 0.2), (True, 1024, 0.25)])
+def test_holds_the_logits_of_neither(taught, rows, share):
+    sizes = (rows, 64), (64, 32_000), (rows, 512), (512, 32_000)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sizes]
+    labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+    def policy(x, w, labels):
+        found = js.head_statistics(x, w, None, labels)
+        return jnp.mean(found.label_log_likelihood + found.entropy * found.log_normalizer)
+
+    def distillation(x, w, *teacher):
+        return js.linear_log_likelihood_cost(x, w, None, TeacherLabels(*teacher))
+
+    run = jax.jit(jax.value_and_grad(distillation if taught else policy, (0, 1)))
+    compiled = run.lower(*arguments[:2], *(arguments[2:] if taught else [labels])).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < share * rows * 32_000 * 4
+
+
 def test_classes_that_float32_cannot_number():
     classes = 17_000_000
     last = classes - 1
