@@ -181,29 +181,17 @@ def draw(result: Result, output: Path) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
-    parser = argparse.ArgumentParser(
-        description="Teach a narrow language model by a wide one, on a text of your own.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    count = checked(int, "a whole number from 1 to 100,000", lambda value: 1 <= value <= 100_000)
-    above_0 = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
+    description = "Teach a narrow language model by a wide one, on a text of your own."
+    parser = lm.parser_of(description, "the first weights and the order of the words")
     stride = checked(int, "a whole number from 1 to 100", lambda value: 1 <= value <= 100)
     share = checked(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
-    parser.add_argument("--text", type=lm.read, required=True, help="a UTF-8 file, or a folder of *.txt")
-    parser.add_argument("--epochs", type=count, default=3, help="times the student sees its words")
+    parser.add_argument("--epochs", type=lm.count, default=3, help="times the student sees its words")
     for name, n, width in (("teacher", 3, 64), ("student", 24, 16)):
         every_nth, units = f"the {name} learns from every nth word", "numbers for each word"
         parser.add_argument(f"--{name}-every", type=stride, default=n, metavar="N", help=every_nth)
-        parser.add_argument(f"--{name}-width", type=count, default=width, help=units)
-    parser.add_argument("--batch-size", type=count, default=512, help="words in a batch")
-    parser.add_argument("--context", type=count, default=4, help="words that predict the next one")
-    parser.add_argument("--learning-rate", type=above_0, default=6e-3, help="of Adam, at first")
-    parser.add_argument("--temperature", type=above_0, default=1.0, help="divides the logits of both")
+        parser.add_argument(f"--{name}-width", type=lm.count, default=width, help=units)
+    parser.add_argument("--temperature", type=lm.above_0, default=1.0, help="divides the logits of both")
     parser.add_argument("--weight", type=share, default=1.0, help="of the teacher, not the true words")
-    parser.add_argument(
-        "--seed", default=0, help="of the first weights and the order of the words",
-        type=checked(int, "a whole number from 0 to 2³² − 1", lambda value: 0 <= value < 2**32),
-    )  # fmt: skip
     parser.add_argument("--output", type=picture_path, default="distillation.png", help="the picture")
     return parser.parse_args(arguments)
 

@@ -278,26 +278,34 @@ def draw(result: Result, output: Path) -> None:
     plt.close(figure)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+count = checked(int, "a whole number from 1 to 100,000", lambda value: 1 <= value <= 100_000)
+above_0 = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
+
+
+def parser_of(description: str, seeded: str) -> argparse.ArgumentParser:
+    """A parser of what every training on a text is told; `seeded` is what the seed decides."""
     parser = argparse.ArgumentParser(
-        description="Train a neural language model on a text of your own.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    count = checked(int, "a whole number from 1 to 100,000", lambda value: 1 <= value <= 100_000)
-    above_0 = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
     parser.add_argument("--text", type=read, required=True, help="a UTF-8 file, or a folder of *.txt")
-    parser.add_argument("--epochs", type=count, default=1, help="passes over the training text")
     parser.add_argument("--batch-size", type=count, default=512, help="words in a batch")
     parser.add_argument("--context", type=count, default=4, help="words that predict the next one")
-    parser.add_argument("--embedding", type=count, default=32, help="numbers for each word")
-    parser.add_argument("--hidden", type=count, default=128, help="units in the hidden layer")
     parser.add_argument("--learning-rate", type=above_0, default=6e-3, help="of Adam, at first")
-    parser.add_argument("--temperature", type=above_0, default=0.7, help="of the words drawn")
     parser.add_argument(
-        "--seed", default=0, help="of the first weights, the order of the words and the words drawn",
+        "--seed", default=0, help=f"of {seeded}",
         type=checked(int, "a whole number from 0 to 2³² − 1", lambda value: 0 <= value < 2**32),
     )  # fmt: skip
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    seeded = "the first weights, the order of the words and the words drawn"
+    parser = parser_of("Train a neural language model on a text of your own.", seeded)
+    parser.add_argument("--epochs", type=count, default=1, help="passes over the training text")
+    parser.add_argument("--embedding", type=count, default=32, help="numbers for each word")
+    parser.add_argument("--hidden", type=count, default=128, help="units in the hidden layer")
+    parser.add_argument("--temperature", type=above_0, default=0.7, help="of the words drawn")
     parser.add_argument("--dense", action="store_true", help="train on all logits at once")
     parser.add_argument("--output", type=picture_path, default="language_model.png", help="the picture")
     return parser.parse_args(arguments)
