@@ -77,10 +77,8 @@ def for_each_row(
     of_block = jax.checkpoint(of_block) if recompute else of_block
 
     def blocks(way, x, layer, shared, rows):
-        count, classes = known_size(x.shape[0]), layer.weights.shape[1]
-        size = block_size or way.rows_alone(count, classes)
+        size = block_size or way.rows_alone(known_size(x.shape[0]), layer.weights.shape[1], arrays)
         if way.is_first_apart:
-            size = block_size or _shortened(size, classes, arrays)
             return _overlapping(partial(of_block, layer, shared), (x, rows), size)
         block = lambda _, __, own: (None, of_block(layer, shared, *own))  # noqa: E731
         return _in_turn(block, None, (x, rows), size, False)[1]
@@ -108,8 +106,7 @@ def with_gradients(
 ) -> tuple[tuple[Any, Any], tuple[Array, Affine, Given, Given]]:
     """What `step` gives for each row, and a cotangent of its results as one of all before it.
 
-    Of `arrays` see above.
-    Gradients are in float32 or wider, but whole ones by bfloat16 are rounded to it, once all is added:
+    `arrays` is as for `for_each_row`. Gradients are in float32 or wider, but whole ones by bfloat16 are rounded to it, once all is added:
     then they are never held in float32. What is float16 would lose its range.
     """
     ways = (partial(_gradients, way, step, block_size, arrays, is_whole) for way in (CPU, ACCELERATOR))
@@ -227,8 +224,8 @@ def _some_rows(is_on_cpu, start, count, array):
 class _Way(NamedTuple):
     """A processor's blocks and products."""
 
-    rows: Callable[[int, int], int]  # In a block; of rows and classes.
-    rows_alone: Callable[[int, int], int]  # The same where no product but the logits' own is taken.
+    rows: Callable[[int, int, int], int]  # In a block; of rows, classes and arrays of a block's size.
+    rows_alone: Callable[[int, int, int], int]  # The same where no product but the logits' own is taken.
     is_first_apart: bool  # Of the blocks, or the last.
     keeps: bool  # D of several blocks, which are a part then.
     ones: int  # Rows of ones whose product with D is a sum; a TPU makes a sum of a product of one.
@@ -342,17 +339,13 @@ def _precisely(a, b):
 # CPUs: blocks that stay near the caches, and the weights' gradient summed a chunk of columns at a time.
 
 
-def _rows_on_cpu(rows, classes):
+def _rows_on_cpu(rows, classes, arrays):
     """Rows in a block: enough to keep the products busy, few enough to keep the logits small."""
+    most = min(max(64, min(-(-rows // 5), 128), -(-rows // 8)), max(2, 2**24 // classes))
     if rows * classes <= ONE_BLOCK or rows <= 4:
-        return max(1, rows)
-    return min(max(64, min(-(-rows // 5), 128), -(-rows // 8)), max(2, 2**24 // classes))
-
-
-def _shortened(size, classes, arrays):
-    """Rows in a block where so many arrays are held."""
+        most = rows
     # Fewer logits than make a quarter of a block that is alone would only take more time.
-    return max(1, size // arrays, min(size, ONE_BLOCK // 4 // classes))
+    return max(1, most // arrays, min(most, ONE_BLOCK // 4 // classes))
 
 
 def _by_features_on_cpu(d_z, weights, unit, dtype):
@@ -420,14 +413,14 @@ _turned.defvjp(_turned_fwd, _turned_bwd)
 # 128 rows would take twice their time for it.
 
 
-def _rows_elsewhere(rows, classes):
+def _rows_elsewhere(rows, classes, _arrays):
     """Rows in a block: about 2²⁶ logits, in multiples of what a matrix unit takes at once."""
     most = 256 * round(2**18 / classes) or min(128, max(1, 2**26 // classes))
     return min(max(1, rows), most)
 
 
-def _rows_alone_elsewhere(rows, classes):
-    most = _rows_elsewhere(rows, classes)
+def _rows_alone_elsewhere(rows, classes, arrays):
+    most = _rows_elsewhere(rows, classes, arrays)
     # The compiler for TPUs reduces logits where their product forms them. From 16,384 classes on, 512
     # rows at once take 1.25 times the product's cycles on v5e, and more rows up to three times.
     return most if classes < 2**14 else min(most, 512)
@@ -435,9 +428,8 @@ def _rows_alone_elsewhere(rows, classes):
 
 def _sizes(way, rows, features, classes, dtype, block_size, arrays):
     """Rows in a part, and rows in a block of it."""
-    size = block_size or way.rows(rows, classes)
+    size = block_size or way.rows(rows, classes, arrays)
     if not way.keeps or rows == 0:
-        size = block_size or _shortened(size, classes, arrays)
         return size, size
     # D in the features' dtype against the accumulator in four bytes. A block with a unit is a part.
     most = 0 if _has_units(dtype) else 4 * features // jnp.dtype(dtype).itemsize

@@ -43,7 +43,6 @@ from ._mesh import (
 from ._rows import (
     RowSums,
     behind_in_all,
-    bounded,
     is_class,
     pick,
     rounded,
@@ -586,17 +585,18 @@ def _surprise(row, targets):
     return jnp.where((targets == 0) & jnp.isposinf(surprises), 0, surprises)
 
 
-# ln Σ_k exp z_k, the entropy −Σ_k a_k ln a_k, and Σ_k y_k ln a_k, None without labels. With the winner w
-# and d_k = z_w − z_k, so that −ln a_k = −ln a_w + d_k, the entropy is
-#     H = −ln a_w + d̄,    d̄ = Σ_{k≠w} a_k d_k
-# which loses nothing where w leads: −ln a_w = ln (1 + r / e_w), and every term is at least 0.
 class RowStatistics(NamedTuple):
+    """ln Σ_k exp z_k, −Σ_k a_k ln a_k, and Σ_k y_k ln a_k, None without labels; and the winner."""
+
     log_normalizer: Float[Array, "*batch"]
     entropy: Float[Array, "*batch"]
     label_log_likelihood: Float[Array, "*batch"] | None
     winner: Integer[Array, "*batch"]  # Counted from this device's first class.
 
 
+# With the winner w and d_k = z_w − z_k, so that −ln a_k = −ln a_w + d_k, the entropy is
+#     H = −ln a_w + d̄,    d̄ = Σ_{k≠w} a_k d_k
+# which loses nothing where w leads: −ln a_w = ln (1 + r / e_w), and every term is at least 0.
 @custom_vjp_static_first
 def row_statistics(axes: Axes, logits: Float[Array, "*batch classes"], labels: Any) -> RowStatistics:
     """The statistics of each row."""
@@ -614,7 +614,6 @@ def _row_statistics_fwd(axes, logits, labels):
     row = row_of(axes, logits)
     sums = row.sums
     mean_behind = behind_in_all(axes, logits, sums) / sums.total
-    of_winner = jnp.log1p(sums.others / sums.own)
     cost = likelihood = None
     if labels is not None:
         cost = (
@@ -623,7 +622,7 @@ def _row_statistics_fwd(axes, logits, labels):
             else _cost_of_class(axes, row, labels)
         )
         likelihood = -cost
-    normalizer, entropy = sums.maximum + row.log_sum, of_winner + mean_behind
+    normalizer, entropy = sums.maximum + row.log_sum, row.surprise_of_winner + mean_behind
     statistics = normalizer[..., 0], entropy[..., 0], likelihood, sums.number[..., 0]
     return RowStatistics(*statistics), _StatisticsResiduals(row, mean_behind, cost, labels)
 
@@ -631,10 +630,9 @@ def _row_statistics_fwd(axes, logits, labels):
 def _cost_of_class(axes, row, labels):
     number = _number(labels, row.logits, axes)
     behind = row.sums.maximum - rounded(pick(row.logits, number, axes))
-    of_winner = jnp.log1p(row.sums.others / row.sums.own)
     # All devices agree on it, as numbers count alike from their first classes. A maximum tells JAX so.
     is_winner = largest((number == row.sums.number).astype(jnp.int32), axes) == 1
-    cost = jnp.where(is_winner, of_winner, behind + row.log_sum)
+    cost = jnp.where(is_winner, row.surprise_of_winner, behind + row.log_sum)
     cost = jnp.where(row.sums.total == 0, jnp.inf, cost)[..., 0]
     return jnp.where(labels < 0, jnp.nan, cost)
 
@@ -646,10 +644,9 @@ def _row_statistics_bwd(axes, residuals, cotangents):
     d_normalizer, d_entropy, *d_label = (
         cotangent[..., None] for cotangent in whole(cotangents[:3], axes) if cotangent is not None
     )
-    behind = jnp.where(is_class(row.logits, row.sums.number), 0, _behind(row))
     # The distance first by a_j, which is 0 where it is too large to be multiplied.
     a = row.probabilities
-    gradient = d_normalizer * a + d_entropy * (a * (behind - mean_behind))
+    gradient = d_normalizer * a + d_entropy * (a * (row.behind - mean_behind))
     ignored = (d_normalizer == 0) & (d_entropy == 0) & ~_is_positive(row.sums.total)
     gradient = jnp.where(ignored, 0, gradient)
     if labels is None:
@@ -665,11 +662,6 @@ def _row_statistics_bwd(axes, residuals, cotangents):
 
 
 row_statistics.defvjp(_row_statistics_fwd, _row_statistics_bwd)
-
-
-def _behind(row):
-    """d_k = z_w − z_k."""
-    return bounded((row.sums.maximum - rounded(row.logits)) + row.sums.ahead)
 
 
 @custom_vjp_static_first

@@ -248,9 +248,9 @@ def linear_log_likelihood_cost(
     rows, fixed = _as_rows(labels, layer, sample_weight)
     options = as_options(class_weight, label_smoothing, z_loss, classes, dtype)
     normalizer = as_normalizer(reduction, normalizer, sample_weight, dtype)
-    is_formed = isinstance(labels, SparseLabels | TeacherLabels)
-    has_weights = is_formed and class_weight is not None and reduction == "mean" and normalizer is None
-    plan = _as_plan(_costs, layer, block_size, is_formed, has_weights, return_statistics)
+    plan = _as_plan(_costs, layer, labels, block_size)._replace(has_statistics=return_statistics)
+    if plan.is_formed and class_weight is not None and reduction == "mean" and normalizer is None:
+        plan = plan._replace(has_weights=True)
     cost = partial(_cost, plan, reduction, layer.places.batch_axes)
     by_row = layer.places.batch
     result = by_row if reduction == "none" else P(), by_row
@@ -344,8 +344,7 @@ def head_statistics(
         features, weights, bias, logit_scale, softcap, num_classes, where, batch_axis, class_axis
     )
     rows, fixed = _as_rows(labels, layer, None)
-    is_formed = isinstance(labels, SparseLabels | TeacherLabels)
-    plan = _as_plan(_statistics, layer, block_size, is_formed)
+    plan = _as_plan(_statistics, layer, labels, block_size)
     statistics = partial(_statistics_of_all, plan, layer.places.batch_axes)
     options = Options(None, None, None)
     return _on_mesh(statistics, layer, layer.places.batch, rows, fixed, options, None)
@@ -392,12 +391,12 @@ class _Plan(NamedTuple):
     """What is known when it is compiled."""
 
     step: Callable[..., Any]  # What is made of a block's logits; of (plan, z, shared, rows).
-    is_formed: bool  # Labels are probabilities that a block forms by itself,
-    has_weights: bool  # and so are the examples' weights, where these are wanted.
-    has_statistics: bool
+    is_formed: bool  # Labels are probabilities that a block forms by itself.
     num_classes: int
     block_size: int | None
     axes: Axes  # of the mesh, over which classes are spread inside `jax.shard_map`
+    has_weights: bool = False  # A block tells the examples' weights, as only it has the labels;
+    has_statistics: bool = False  # and their statistics.
 
     @property
     def arrays(self) -> int:
@@ -444,10 +443,10 @@ def _as_layer(features, weights, bias, logit_scale, softcap, num_classes, where,
     return _Layer(x, affine, _as_bend("", logit_scale, softcap, x), places, num_classes, where)
 
 
-def _as_plan(step, layer, block_size, is_formed=False, has_weights=False, has_statistics=False):
+def _as_plan(step, layer, labels, block_size):
     block_size = None if block_size is None else as_count("block_size", block_size)
-    places = layer.num_classes, block_size, layer.places.class_axes
-    return _Plan(step, is_formed, has_weights, has_statistics, *places)
+    is_formed = isinstance(labels, SparseLabels | TeacherLabels)
+    return _Plan(step, is_formed, layer.num_classes, block_size, layer.places.class_axes)
 
 
 def _as_affine(of, features, weights, bias):
@@ -679,10 +678,8 @@ def _bent(plan, z, shared, rows):
 def _after(bend, z):
     c, scale = bend
     z = z if c is None else _capped(z, c)
-    if scale is None:
-        return z
-    # One below 0 would turn the order of the classes round.
-    return _times(z, scale if isinstance(scale, float) else jnp.where(scale > 0, scale, jnp.nan))
+    # A scale below 0 would turn the order of the classes round.
+    return z if scale is None else _times(z, jnp.where(scale > 0, scale, jnp.nan))
 
 
 # Their derivatives by c and by the scale have z as a factor, which may be −∞ where nothing follows it.

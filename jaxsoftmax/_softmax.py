@@ -21,6 +21,7 @@ from ._checks import (
 from ._mesh import Axes, MeshAxis, first_class, spread_over
 from ._rows import (
     RowSums,
+    bounded,
     is_class,
     pick,
     rounded,
@@ -179,11 +180,21 @@ class Row(NamedTuple):
         return jnp.log(self.sums.total)
 
     @property
+    def surprise_of_winner(self) -> Float[Array, "*batch 1"]:
+        """−ln a_w."""
+        return jnp.log1p(self.sums.others / self.sums.own)
+
+    @property
     def surprises(self) -> Float[Array, "*batch classes"]:
         """−ln a_k."""
-        _, maximum, _, rest = self.sums
-        of_winner = jnp.log1p(rest / self.sums.own)
-        return jnp.where(self._is_winner, of_winner, (maximum - self._wide) + self.log_sum)
+        of_others = (self.sums.maximum - self._wide) + self.log_sum
+        return jnp.where(self._is_winner, self.surprise_of_winner, of_others)
+
+    @property
+    def behind(self) -> Float[Array, "*batch classes"]:
+        """z_w − z_k, as far as there are numbers; 0 for the winner."""
+        behind = bounded((self.sums.maximum - self._wide) + self.sums.ahead)
+        return jnp.where(self._is_winner, 0, behind)
 
     @property
     def _is_winner(self):
