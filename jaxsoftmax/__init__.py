@@ -5,7 +5,6 @@ from ._cost import quadratic_cost as quadratic_cost
 from ._cost import weight_penalty as weight_penalty
 from ._gradients import GradientComparison as GradientComparison
 from ._gradients import compare_gradients as compare_gradients
-from ._gradients import without_custom_rules as without_custom_rules
 from ._head import HeadStatistics as HeadStatistics
 from ._head import SparseLabels as SparseLabels
 from ._head import TeacherLabels as TeacherLabels
@@ -19,6 +18,7 @@ from ._network import logits as logits
 from ._network import network_cost as network_cost
 from ._network import predict as predict
 from ._network import predict_probabilities as predict_probabilities
+from ._rules import without_custom_rules as without_custom_rules
 from ._softmax import log_softmax as log_softmax
 from ._softmax import softmax as softmax
 from ._softmax import softmax_jacobian as softmax_jacobian

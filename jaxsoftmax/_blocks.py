@@ -106,8 +106,9 @@ def with_gradients(
 ) -> tuple[tuple[Any, Any], tuple[Array, Affine, Given, Given]]:
     """What `step` gives for each row, and a cotangent of its results as one of all before it.
 
-    `arrays` is as for `for_each_row`. Gradients are in float32 or wider, but whole ones by bfloat16 are rounded to
-    it, once all is added: then they are never held in float32. What is float16 would lose its range.
+    `arrays` is as for `for_each_row`. Gradients are in float32 or wider, but whole ones by bfloat16 are
+    rounded to it, once all is added: then they are never held in float32. What is float16 would lose its
+    range.
     """
     ways = (partial(_gradients, way, step, block_size, arrays, is_whole) for way in (CPU, ACCELERATOR))
     return by_processor(*ways, x, layer, shared, rows, cotangent)

@@ -1,119 +1,35 @@
-"""Custom gradient rules removed, and gradients compared with and without them."""
+"""Gradients by custom rules, compared with plain automatic differentiation, float64 and differences."""
 
-import functools
 import inspect
 import math
 import operator
-import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core as jax_core
-from jax.extend.core.primitives import closed_call_p
 from jaxtyping import PRNGKeyArray
 
+from ._differences import Contradiction, Verdict, judge
+from ._rules import Removal, Rule, is_array, refuse_uncallable
 
-def without_custom_rules(function: Callable[..., Any], jvp: bool = False) -> Callable[..., Any]:
-    """The same function with every `jax.custom_vjp` inside it replaced by what it computes.
-
-    `jax.grad` of the result is plain automatic differentiation, and forward mode works on it. Rules
-    are found wherever they sit: in nested functions, jit, scan, while, cond, vmap, checkpoint, shard_map
-    and other rules. `jax.custom_batching.custom_vmap` rules go with them: they have no reverse mode.
-
-    Args:
-        function: Any function that JAX can trace. Array arguments are traced; others, Python numbers
-            among them, are passed on as they are.
-        jvp: Whether `jax.custom_jvp` rules go too.
-
-    Returns:
-        A function of the same arguments and results. It is traced anew at every call; put `jax.jit`
-        around it to trace once. Like all that is traced, `function` must have no side effects. A rule
-        that a derivative inside it, or inside a rule, has already used (as in `jax.lax.custom_root`) is
-        no longer there to be removed.
-
-    Raises:
-        TypeError: If `function` cannot be called; from the returned function, if a result is not an
-            array.
-
-    Example:
-        >>> @jax.custom_vjp
-        ... def double(x):
-        ...     return 2 * x
-        >>> double.defvjp(lambda x: (2 * x, None), lambda _, cotangent: (3 * cotangent,))
-        >>> float(jax.grad(double)(1.0)), float(jax.grad(without_custom_rules(double))(1.0))
-        (3.0, 2.0)
-    """
-    _refuse_uncallable(function=function)
-
-    @functools.wraps(function)
-    def plain(*args, **kwargs):
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        traced = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-
-        def of_arrays(arrays):
-            filled = list(leaves)
-            for i, array in zip(traced, arrays, strict=True):
-                filled[i] = array
-            new_args, new_kwargs = jax.tree.unflatten(tree, filled)
-            return function(*new_args, **new_kwargs)
-
-        arrays = [leaves[i] for i in traced]
-        closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
-        results = jax_core.jaxpr_as_fun(_without_rules(closed, jvp))(*arrays)
-        return jax.tree.unflatten(jax.tree.structure(shapes), map(jnp.asarray, results))
-
-    return plain
-
-
-# What stands in a rule's place: a call of the function that the rule belongs to, which each keeps under
-# another name. Rules for vmap go too, as their calls have no reverse mode at all.
-_BODIES = {"custom_vjp_call": "call_jaxpr", "custom_vmap_call": "call"}
-
-
-def _without_rules(part: Any, jvp: bool) -> Any:
-    """A jaxpr, or whatever holds jaxprs among an equation's parameters, without custom rules."""
-    # Open before closed: from JAX 0.12 on the two are one class.
-    if isinstance(part, jax_core.Jaxpr):
-        return part.replace(eqns=[_equation_without_rules(equation, jvp) for equation in part.eqns])
-    if isinstance(part, jax_core.ClosedJaxpr):
-        return part.replace(jaxpr=_without_rules(part.jaxpr, jvp))
-    if isinstance(part, tuple | list):
-        parts = [_without_rules(each, jvp) for each in part]
-        return type(part)(*parts) if hasattr(part, "_fields") else type(part)(parts)
-    return part
-
-
-def _equation_without_rules(equation: Any, jvp: bool) -> Any:
-    bodies = _BODIES | {"custom_jvp_call": "call_jaxpr"} if jvp else _BODIES
-    if equation.primitive.name in bodies:
-        body = _without_rules(equation.params[bodies[equation.primitive.name]], jvp)
-        return equation.replace(primitive=closed_call_p, params={"call_jaxpr": body})
-    params = {name: _without_rules(value, jvp) for name, value in equation.params.items()}
-    if equation.primitive.name == "custom_jvp_call":
-        params["jvp_jaxpr_fun"] = _RuleWithoutRules(params["jvp_jaxpr_fun"])
-    return equation.replace(params=params)
-
-
-class _RuleWithoutRules:
-    """The rule of a `custom_jvp` that stays, without the custom rules that it uses itself."""
-
-    def __init__(self, rule: Any):
-        self._rule = rule
-        self.debug_info = rule.debug_info
-
-    def call_wrapped(self, *zeros: bool) -> tuple[Any, Any, Any]:
-        jaxpr, constants, out_zeros = self._rule.call_wrapped(*zeros)
-        return _without_rules(jaxpr, jvp=False), constants, out_zeros
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
 
 
 class GradientRow(NamedTuple):
-    """One output's values or one parameter's gradients: the function's own beside the reference's.
+    """One output's values or one argument's gradients: the function's own beside the reference's.
 
     Errors are largest absolute ones. `ulps` are errors in units of the last place of the leaf's largest
-    float64 entry, in the leaf's dtype. Both runs are measured against the same float64 run.
+    true entry, in the leaf's dtype. The truth is the reference in float64. Where that has no value or is
+    wrong itself, it is the custom gradient in float64, if differences have confirmed it.
     """
 
     path: str
@@ -121,26 +37,51 @@ class GradientRow(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # The dtype that the function's result must have.
     custom_dtype: str  # The dtype that it has.
-    norm: float  # Euclidean norm in float64.
-    largest: float  # Largest absolute entry in float64.
+    norm: float  # Euclidean norm of the truth.
+    largest: float  # Largest absolute entry of the truth.
     difference: float  # Largest absolute difference between custom and reference.
     relative: float  # The same over `largest`.
     ulps: float  # The same in ulps.
-    worst: tuple[int, ...]  # Where custom is furthest from float64.
-    custom: float  # The values there.
-    reference: float
-    truth: float
+    worst: tuple[int, ...]  # Where custom is furthest from the truth.
+    custom: float | complex  # The values there.
+    reference: float | complex  # NaN where there is none.
+    truth: float | complex
     custom_ulps: float  # The custom result's own error, and the reference's.
     reference_ulps: float
     custom_nonfinite: int  # How many entries are NaN or infinite.
     reference_nonfinite: int
-    as_close: float  # Ulps up to which custom counts as close to float64 as the reference is.
+    unknown: int  # How many entries have no finite truth.
+    as_close: float  # Ulps up to which custom counts as close to the truth as the reference is.
+    linear: bool  # Whether the gradient is linear in the cotangent, as each gradient must be.
+    differences: Verdict | None  # Whose gradient they agree with; None: not asked.
 
-    def is_right(self, ulps: float | int | None = None) -> bool:
-        """Whether the custom result is right; see `compare_gradients` for the rule."""
+    def verdict(self, ulps: float | int | None = None) -> str:
+        """A word, and its reason: right, wrong or not judged; see `compare_gradients` for the rule."""
+        if self.custom_dtype != self.dtype:
+            return f"wrong: should be {self.dtype}"
+        if not self.linear:
+            return "wrong: not linear in the cotangent"
+        if self.differences in ("neither", "reference"):
+            others = math.isnan(abs(self.reference)) or self.unknown
+            return "wrong by differences" if others else f"wrong: differences agree with {self._third()}"
+        if self.unknown:
+            many = f"{self.unknown} of {math.prod(self.shape)}"
+            why = "differences are too rough" if self.differences else "not finite"
+            return f"not judged: {many}, {why}"
         if ulps is None:
             ulps = 4 if jnp.finfo(self.dtype).bits < 32 else 32
-        return self.custom_dtype == self.dtype and self.custom_ulps <= max(ulps, self.as_close)
+        if self.custom_ulps > max(ulps, self.as_close):
+            return "wrong"
+        return "right" + {"custom": " by differences", "kink": " at a kink"}.get(
+            self.differences or "", ""
+        )
+
+    def _third(self) -> str:
+        return "the reference" if self.differences == "reference" else "neither"
+
+    def is_right(self, ulps: float | int | None = None) -> bool:
+        """Whether the verdict is right."""
+        return self.verdict(ulps).startswith("right")
 
 
 class GradientComparison(NamedTuple):
@@ -148,21 +89,33 @@ class GradientComparison(NamedTuple):
 
     Attributes:
         rows: A row of numbers for each output and each argument, with its path, shape and dtype.
-        skipped: Arguments and outputs that are no real floating-point arrays.
-        arrays: For each row its custom, reference and float64 arrays, all in NumPy's float64.
+        skipped: Arguments and outputs that are no real or complex floating-point arrays.
+        rules: Each custom rule that was found, with its `kind`, its `name`, how many `calls` of it there
+            are, and whether it was `compared`.
+        notes: Sentences on what was not as usual: what could not run, what no comparison can see.
+        given: Whether a reference was given.
+        arrays: For each row its custom, reference and true arrays, all in NumPy's float64 or complex128.
 
     Example:
-        >>> comparison = compare_gradients(jnp.tanh, jnp.array([0.5]))
-        >>> [row.is_right() for row in comparison.rows]
-        [True, True]
+        >>> comparison = compare_gradients(jnp.tanh, jnp.array([0.5]), reference="differences")
+        >>> [row.verdict() for row in comparison.rows]
+        ['right', 'right']
     """
 
     rows: tuple[GradientRow, ...]
     skipped: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    notes: tuple[str, ...]
+    given: bool
     arrays: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]
 
+    def __repr__(self) -> str:
+        """The verdicts, without the arrays."""
+        verdicts = (f"{row.kind} of {row.path}: {row.verdict()}" for row in self.rows)
+        return f"<GradientComparison: {'; '.join(verdicts)}>"
+
     def __str__(self) -> str:
-        """The rows as a table."""
+        """The rows as a table, and what is to be said of them."""
         header = (
             "", "path", "shape", "dtype", "norm", "difference", "relative", "worst at", "custom",
             "reference", "float64", "custom error", "reference error", "verdict",
@@ -170,9 +123,10 @@ class GradientComparison(NamedTuple):
         lines = [
             (
                 row.kind, row.path, str(row.shape), row.custom_dtype, f"{row.norm:.3g}",
-                f"{row.difference:.1e}", f"{row.relative:.1e}", str(row.worst), f"{row.custom:.7g}",
-                f"{row.reference:.7g}", f"{row.truth:.7g}", _error(row.custom_ulps, row.custom_nonfinite),
-                _error(row.reference_ulps, row.reference_nonfinite), _verdict(row),
+                _number(row.difference, ".1e"), _number(row.relative, ".1e"), str(row.worst),
+                _number(row.custom), _number(row.reference), _number(row.truth),
+                _error(row.custom_ulps, row.custom_nonfinite, 0),
+                _error(row.reference_ulps, row.reference_nonfinite, math.prod(row.shape)), row.verdict(),
             )
             for row in self.rows
         ]  # fmt: skip
@@ -181,24 +135,38 @@ class GradientComparison(NamedTuple):
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in (header, *lines)
         ]
-        return "\n".join(table + [f"not compared: {', '.join(self.skipped)}"] * bool(self.skipped))
+        said = [f"not compared: {', '.join(self.skipped)}"] * bool(self.skipped)
+        for compared in (True, False):
+            named = [f"{r.name} ({r.kind}) × {r.calls}" for r in self.rules if r.compared == compared]
+            said += [f"rules {'' if compared else 'not '}compared: {', '.join(named)}"] * bool(named)
+        return "\n".join([*table, *said, *self.notes])
 
     def assert_close(self, ulps: float | int | None = None) -> None:
-        """Does nothing if every custom value and gradient is right.
+        """Does nothing if every custom value and gradient is right, and something was compared.
 
         Args:
-            ulps: How far from float64 is right in any case. None takes 32 for float32 and float64, 4 for
-                bfloat16 and float16.
+            ulps: How far from the truth is right in any case. None takes 32 for float32 and float64, 4
+                for bfloat16 and float16.
 
         Raises:
-            AssertionError: With the table, if a custom value or gradient is wrong.
+            AssertionError: With the table, if a custom value or gradient is wrong or could not be judged,
+                or if no rule was compared and no reference was given.
         """
-        wrong = [f"{row.kind} of {row.path}" for row in self.rows if not row.is_right(ulps)]
-        if wrong:
-            raise AssertionError(f"custom rules wrong in {', '.join(wrong)}:\n{self}")
+        __tracebackhide__ = True  # Under pytest the table alone is shown.
+        found = {}
+        for row in self.rows:
+            if not row.is_right(ulps):
+                word = row.verdict(ulps).split(":")[0].removesuffix(" by differences")
+                found.setdefault(word, []).append(f"{row.kind} of {row.path}")
+        texts = {"wrong": "custom rules wrong in", "not judged": "not judged:"}
+        problems = [f"{text} {', '.join(found[word])}" for word, text in texts.items() if word in found]
+        if not self.given and not any(rule.compared for rule in self.rules):
+            problems.append("no rule was compared")
+        if problems:
+            raise AssertionError(f"{'; '.join(problems)}:\n{self}")
 
     def plot(self, axes: Any) -> None:
-        """Draws every gradient entry's custom and reference value over its float64 value.
+        """Draws every gradient entry's custom and reference value over its true value.
 
         Args:
             axes: Matplotlib axes. Rows of more than 2,000 entries are thinned out evenly.
@@ -206,7 +174,7 @@ class GradientComparison(NamedTuple):
         for row, arrays in zip(self.rows, self.arrays, strict=True):
             if row.kind == "gradient" and row.largest > 0:
                 step = -(-arrays[2].size // 2000) or 1
-                custom, reference, truth = (array.ravel()[::step] / row.largest for array in arrays)
+                custom, reference, truth = (np.real(a).ravel()[::step] / row.largest for a in arrays)
                 axes.plot(truth, reference, "x", markersize=6, label=f"{row.path}, reference")
                 axes.plot(truth, custom, ".", markersize=4, label=f"{row.path}, custom")
         axes.axline((0, 0), slope=1, color="gray", linewidth=0.8)
@@ -217,11 +185,12 @@ class GradientComparison(NamedTuple):
 def compare_gradients(
     function: Callable[..., Any],
     *args: Any,
-    reference: Callable[..., Any] | None = None,
+    reference: Callable[..., Any] | Literal["differences"] | None = None,
     argnums: int | np.integer | Sequence[int] | None = None,
     has_aux: bool = False,
     key: PRNGKeyArray | None = None,
     precision: Literal["float64", "float32"] = "float64",
+    jvp: bool = False,
 ) -> GradientComparison:
     """Compares a function's values and gradients with a reference's, and both with float64.
 
@@ -235,164 +204,512 @@ def compare_gradients(
     may so be as small as the reference's noise. A result that is the reference's to the last bit is
     right whatever float64 says: no rule has changed it.
 
+    A gradient must also be linear in the cotangent c: r(−2c) = −2 r(c), and for outputs that are not one
+    scalar, r of some of c's entries and r of the others add up to r(c).
+
+    Where plain automatic differentiation is impossible, not finite or says another thing than the rule,
+    differences judge: central ones, extrapolated, in float64 where the function can, along random
+    directions in at most 20 evaluations, or entry by entry for up to 20 entries. What they cannot tell
+    is not judged, and never right. So is an entry that is NaN or infinite in truth.
+
     Args:
-        function: Returns any pytree of arrays; usually it uses `jax.custom_vjp`.
-        *args: Its arguments, any pytrees. Gradients are taken for every floating-point array and
-            Python float among them; the rest is passed on, and its arrays are named under the table, as
-            are outputs that are integer, bool or complex.
+        function: Returns any pytree of arrays; usually it uses `jax.custom_vjp`. It is run as one
+            compiled program, and so is the reference.
+        *args: Its arguments, any pytrees. Gradients are taken for every real or complex floating-point
+            array, Python float and complex number among them; the rest is passed on, and its arrays are
+            named under the table, as are outputs that are integer or bool.
         reference: A function of the same meaning; `without_custom_rules(function)` if None. In float64
             it is the truth, but for entries below float64's rounding where it has lost its digits and
-            plain autodiff of `function` has them.
-        argnums: The arguments to differentiate in; all if None.
+            plain autodiff of `function` has them. "differences" has differences judge every gradient.
+        argnums: The arguments to differentiate in; all if None. The others are not traced.
         has_aux: Whether `function` and `reference` return a pair whose second part is not compared.
         key: Draws the cotangents, one for each entry of each output; `jax.random.key(0)` if None. A
             function of one scalar has cotangent 1, so that its gradient is compared.
-        precision: What the truth is computed in. "float32" is for functions that cannot run in float64:
-            that draw random numbers, or hold float32 numbers of their own where dtypes must agree.
+        precision: What the truth is computed in; float32 by itself where float64 cannot run. "float32" is
+            for functions that draw random numbers, which are others in float64.
+        jvp: Whether `jax.custom_jvp` rules are compared too, and those of `jax.lax.custom_linear_solve`.
 
     Returns:
-        A `GradientComparison` with a row for each floating-point output and argument. NaN and infinity
-        count as equal to themselves and as infinitely far from anything else.
+        A `GradientComparison` with a row for each floating-point output and argument. Where the truth is
+        NaN or infinite, nothing is judged.
 
     Raises:
-        TypeError: If `function` or `reference` cannot be called, or `argnums` holds another thing than
-            integers.
+        TypeError: If `function` or `reference` cannot be called, `argnums` holds another thing than
+            integers, or an argument is traced, as it is inside jit, grad and vmap.
         ValueError: If there is nothing to differentiate, `argnums` is out of range, the outputs' shapes
             differ, or `precision` is another.
+        RuntimeError: If a run fails. It tells which one and what may help, with JAX's error as its cause.
 
     Example:
-        >>> comparison = compare_gradients(jnp.tanh, jnp.array([0.5]))
+        >>> comparison = compare_gradients(jax.nn.relu, jnp.array([0.5]), jvp=True)
         >>> comparison.assert_close()
         >>> [(row.kind, row.path, row.shape) for row in comparison.rows]
         [('value', 'output', (1,)), ('gradient', 'x', (1,))]
     """
-    _refuse_uncallable(function=function, reference=reference or function)
+    refuse_uncallable(function=function)
+    everywhere = isinstance(reference, str) and reference == "differences"
+    given = None if everywhere else reference
+    if given is not None:
+        refuse_uncallable(reference=given)
     if precision not in ("float64", "float32"):
         raise ValueError(f"precision must be 'float64' or 'float32', got {precision!r}")
+    task = _Task(args, _argument_names(function, len(args)), argnums, has_aux, precision)
     key = jax.random.key(0) if key is None else key
-    chosen = range(len(args)) if argnums is None else _positions(argnums, len(args))
-    names = _argument_names(function, len(args))
-    flat, tree = jax.tree_util.tree_flatten_with_path(args)
-    paths = [names[path[0].idx] + jax.tree_util.keystr(path[1:]) for path, _ in flat]
-    leaves = [leaf for _, leaf in flat]
-    wanted = [path[0].idx in chosen for path, _ in flat]
-    at = [i for i, leaf in enumerate(leaves) if wanted[i] and _is_float(leaf)]
-    if not at:
-        raise ValueError("args must hold a floating-point array to differentiate in, found none")
-    floats = [jnp.asarray(leaves[i]) for i in at]
-    first = (lambda f: lambda *args: f(*args)[0]) if has_aux else (lambda f: f)
+    removal = Removal(jvp)
+    notes: list[str] = []
 
-    def named_outputs(f, floats):
-        filled = list(leaves)
-        for i, leaf in zip(at, floats, strict=True):
-            filled[i] = leaf
-        outputs = jax.tree_util.tree_leaves_with_path(f(*jax.tree.unflatten(tree, filled)))
-        return {"output" + jax.tree_util.keystr(path): jnp.asarray(out) for path, out in outputs}
-
-    def run(f, floats):
-        return jax.vjp(lambda x: list(filter(_is_float, named_outputs(f, x).values())), floats)
-
-    function, plain = first(function), without_custom_rules(first(function))
-    reference = first(reference) if reference else None
-    outputs, pull_back = run(function, floats)
-    if not outputs:
-        raise ValueError("function must return a floating-point array to differentiate, got none")
-    cotangents = _cotangents(outputs, key)
-
-    def results(f, dtype=None):
-        outputs, pull_back = run(f, floats if dtype is None else [x.astype(dtype) for x in floats])
-        return [np.asarray(r, np.float64) for r in outputs + pull_back(_like(cotangents, outputs))[0]]
-
-    def both(f):
-        try:
-            with jax.enable_x64(precision == "float64"), jax.numpy_dtype_promotion("standard"):
-                wide = results(f, jnp.dtype(precision))
-        except Exception as error:
-            error.add_note(
-                f"compare_gradients met this in plain autodiff in {precision}: where that cannot run, "
-                "give it precision='float32', or a reference that can."
-            )
-            raise
-        return wide if all(x.dtype == precision for x in floats) else results(f), wide
-
-    custom = outputs + pull_back(cotangents)[0]
-    beside, truths = both(reference or plain)
-    noise = 32 * float(np.finfo(precision).eps) * max(1, *map(_largest, cotangents))
-    if reference is not None and (plain_runs := _if_differentiable(both, plain)):
-        truths = [
-            _with_digits(narrow, wide, own_narrow, own_wide, noise)
-            for narrow, wide, own_narrow, own_wide in zip(beside, truths, *plain_runs, strict=True)
+    with _progress() as step:
+        step("custom rules")
+        own = _said("function cannot be traced", task.trace, function)
+        if not own.outputs:
+            raise ValueError("function must return a floating-point array to differentiate, got none")
+        plain = own.without_rules(removal)
+        # What the outputs must be is told by the function without its rules.
+        cotangents = _cotangents(plain.outputs, key)
+        outputs, gradients = _said(
+            "function cannot be differentiated", own.run, task.floats, _draws(cotangents)
+        )
+        _refuse_other_shapes("function's rules", outputs, plain.outputs)
+        custom = [
+            _Custom("value", path, aval.dtype, x.dtype, _numpy(x))
+            for path, aval, x in zip(plain.paths, plain.outputs, outputs, strict=True)
+        ] + [
+            _by_draws(path, x.dtype, each.dtype, _numpy(each))
+            for path, x, each in zip(task.paths, task.floats, gradients, strict=True)
         ]
-
-    # What the outputs' dtypes must be is told by the function without its rules.
-    named = jax.eval_shape(lambda x: named_outputs(plain, x), floats)
-    output_paths = [path for path, out in named.items() if _is_float(out)]
-    dtypes = [named[path].dtype for path in output_paths] + [x.dtype for x in floats]
-    skipped = [
-        f"{paths[i]} ({leaf.dtype})"
-        for i, leaf in enumerate(leaves)
-        if wanted[i] and _is_array(leaf) and i not in at
-    ] + [f"{path} ({out.dtype})" for path, out in named.items() if not _is_float(out)]
-    paths = [*output_paths, *(paths[i] for i in at)]
-    kinds = ["value"] * len(outputs) + ["gradient"] * len(floats)
-    overall = max(map(_largest, truths[len(outputs) :]))
-    rows, arrays = [], []
-    for path, kind, dtype, result, other, truth in zip(
-        paths, kinds, dtypes, custom, beside, truths, strict=True
-    ):
-        own = np.asarray(result, np.float64)
-        scale = overall if kind == "gradient" else _largest(truth)
-        rows.append(_row(path, kind, dtype, result.dtype, own, other, truth, scale))
-        arrays.append((own, other, truth))
-    return GradientComparison(tuple(rows), tuple(skipped), tuple(arrays))
-
-
-def _row(path, kind, dtype, custom_dtype, custom, reference, truth, scale) -> GradientRow:
-    limits = jnp.finfo(dtype)
-    largest = _largest(truth)
-    ulp = float(limits.eps) * 2.0 ** math.floor(math.log2(max(largest, float(limits.tiny))))
-    error, reference_error = _distance(custom, truth), _distance(reference, truth)
-    difference = float(np.max(_distance(custom, reference), initial=0))
-    worst = np.unravel_index(np.argmax(error), error.shape) if error.size else ()
-    cap = scale * (2.0**-5 if limits.bits < 32 else 2.0**-8)
-    off = float(np.max(reference_error, initial=0))
-    as_close = 2 * min(off, cap) / ulp if math.isfinite(off) else 0.0
-    return GradientRow(
-        path=path,
-        kind=kind,
-        shape=custom.shape,
-        dtype=str(dtype),
-        custom_dtype=str(custom_dtype),
-        norm=float(np.linalg.norm(truth.ravel())),
-        largest=largest,
-        difference=difference,
-        relative=difference / largest if largest else (math.inf if difference else 0.0),
-        ulps=difference / ulp,
-        worst=tuple(int(i) for i in worst),
-        custom=float(custom[worst]) if custom.size else 0.0,
-        reference=float(reference[worst]) if custom.size else 0.0,
-        truth=float(truth[worst]) if custom.size else 0.0,
-        custom_ulps=float(np.max(error, initial=0)) / ulp,
-        reference_ulps=off / ulp,
-        custom_nonfinite=int(np.sum(~np.isfinite(custom))),
-        reference_nonfinite=int(np.sum(~np.isfinite(reference))),
-        as_close=as_close if difference else math.inf,
+        step("reference")
+        if given is None:
+            results = _plain_results(task, function, plain, jvp, cotangents, notes)
+        else:
+            results = _reference_results(task, function, given, plain, jvp, cotangents, notes)
+        disputes = map(_disputed, custom, results, _limits(custom, results))
+        if len(gradients[0]) == 1 and any(map(np.any, disputes)):
+            # What the gradient is for 1 is said, and seen beside that for −2.
+            _, gradients = own.run(task.floats, [c[None] for c in cotangents])
+            own_results = [_numpy(x) for x in outputs] + [_numpy(each[0]) for each in gradients]
+            custom = [c._replace(result=x) for c, x in zip(custom, own_results, strict=True)]
+        if given is None:
+            step("differences")
+            results = _judged(task, function, own, cotangents, custom, results, everywhere, notes)
+    rows = tuple(map(_row, custom, results, _limits(custom, results)))
+    if removal.random and precision == "float64" and not all(row.is_right() for row in rows):
+        notes.append("random numbers are drawn, and float64 draws others: try precision='float32'")
+    return GradientComparison(
+        rows=rows,
+        skipped=(*task.skipped, *plain.skipped),
+        rules=removal.found(),
+        notes=(*_unseen(removal), *notes),
+        given=reference is not None,
+        arrays=tuple((c.result, r.reference, r.truth) for c, r in zip(custom, results, strict=True)),
     )
 
 
-def _error(ulps: float, nonfinite: int) -> str:
+class _Task:
+    """The function's arguments, and those among them to differentiate in."""
+
+    def __init__(self, args, names, argnums, has_aux, precision):
+        chosen = range(len(args)) if argnums is None else _positions(argnums, len(args))
+        flat, self._tree = jax.tree_util.tree_flatten_with_path(args)
+        paths = [names[path[0].idx] + jax.tree_util.keystr(path[1:]) for path, _ in flat]
+        self._leaves = [leaf for _, leaf in flat]
+        for path, leaf in zip(paths, self._leaves, strict=True):
+            if isinstance(leaf, Tracer):
+                raise TypeError(
+                    f"compare_gradients needs numbers, and {path} is traced: call it outside of jit, "
+                    "grad and vmap"
+                )
+        wanted = [i for i, (path, _) in enumerate(flat) if path[0].idx in chosen]
+        self._at = [i for i in wanted if _is_inexact(self._leaves[i])]
+        if not self._at:
+            raise ValueError("args must hold a floating-point array to differentiate in, found none")
+        self.paths = [paths[i] for i in self._at]
+        self.skipped = [
+            f"{paths[i]} ({self._leaves[i].dtype})"
+            for i in wanted
+            if is_array(self._leaves[i]) and i not in self._at
+        ]
+        self._has_aux, self.precision = has_aux, precision
+        self.floats = [jnp.asarray(self._leaves[i]) for i in self._at]
+        with self.wide():
+            self.wide_floats = [x.astype(jnp.promote_types(x.dtype, precision)) for x in self.floats]
+        self.is_wide = [x.dtype for x in self.floats] == [x.dtype for x in self.wide_floats]
+
+    @contextmanager
+    def wide(self) -> Iterator[None]:
+        """What the truth is computed in."""
+        with jax.enable_x64(self.precision == "float64"), jax.numpy_dtype_promotion("standard"):
+            yield
+
+    def retrace(self, function, jvp) -> Callable[..., Any]:
+        """Traces the function without its rules for arrays in another dtype."""
+        return lambda floats: self.trace(function, floats).without_rules(Removal(jvp))
+
+    def trace(self, function, floats=None) -> "_Program":
+        """The function of its floating-point arguments."""
+        paths = []
+
+        def outputs(floats):
+            filled = list(self._leaves)
+            for i, leaf in zip(self._at, floats, strict=True):
+                filled[i] = leaf
+            result = function(*jax.tree.unflatten(self._tree, filled))
+            named = jax.tree_util.tree_leaves_with_path(result[0] if self._has_aux else result)
+            paths[:] = ["output" + jax.tree_util.keystr(path) for path, _ in named]
+            return [jnp.asarray(out) for _, out in named]
+
+        return _Program(jax.make_jaxpr(outputs)(self.floats if floats is None else floats), paths)
+
+
+class _Program:
+    """A traced function of floating-point arrays, compiled once for all its runs."""
+
+    def __init__(self, closed, paths):
+        self._closed, self._paths = closed, paths
+        kept = [i for i, out in enumerate(closed.out_avals) if jnp.issubdtype(out.dtype, jnp.inexact)]
+        self.outputs = [closed.out_avals[i] for i in kept]
+        self.paths = [paths[i] for i in kept]
+        self.skipped = [
+            f"{path} ({out.dtype})"
+            for i, (path, out) in enumerate(zip(paths, closed.out_avals, strict=True))
+            if i not in kept
+        ]
+
+        def values(constants, floats):
+            results = jax_core.jaxpr_as_fun(closed.replace(consts=constants))(*floats)
+            return [results[i] for i in kept]
+
+        def run(constants, floats, draws):
+            outputs, pull_back = jax.vjp(lambda x: values(constants, x), floats)
+            # In a loop, each draw goes through the same instructions: what is linear stays so to the bit.
+            return outputs, jax.lax.map(lambda c: pull_back(list(map(_like, c, outputs)))[0], draws)
+
+        self._values, self._run = jax.jit(values), jax.jit(run)
+        self._forward = jax.jit(lambda constants, x: jax.vjp(partial(values, constants), x)[0])
+
+    def without_rules(self, removal: Removal) -> "_Program":
+        """The same without custom rules, which `removal` counts."""
+        return _Program(removal.of(self._closed), self._paths)
+
+    def values(self, floats) -> list[np.ndarray]:
+        """The floating-point outputs."""
+        return [_numpy(x) for x in self._values(self._closed.consts, floats)]
+
+    def forward_values(self, floats) -> list[np.ndarray]:
+        """The same as they come with a gradient: by the forward rules."""
+        return [_numpy(x) for x in self._forward(self._closed.consts, floats)]
+
+    def run(self, floats, draws) -> tuple[list[Any], list[Any]]:
+        """The floating-point outputs, and each argument's gradients by each draw of cotangents."""
+        return jax.block_until_ready(self._run(self._closed.consts, floats, draws))
+
+    def results(self, floats, cotangents) -> list[np.ndarray]:
+        """The floating-point outputs and each argument's gradient."""
+        outputs, gradients = self.run(floats, [c[None] for c in cotangents])
+        return [_numpy(x) for x in (*outputs, *(each[0] for each in gradients))]
+
+
+def _like(cotangent, output):
+    """A cotangent in an output's dtype and, with explicit axes, its sharding."""
+    cotangent, sharding = cotangent.astype(output.dtype), jax.typeof(output).sharding
+    return cotangent if sharding.mesh.empty else jax.sharding.reshard(cotangent, sharding)
+
+
+class _Custom(NamedTuple):
+    """An output or a gradient by the function's own rules."""
+
+    kind: Literal["value", "gradient"]
+    path: str
+    dtype: Any  # What it must be.
+    custom_dtype: Any  # What it is.
+    result: np.ndarray
+    twice: np.ndarray | None = None  # A gradient r(−2c) instead of r(c).
+    parts: tuple[np.ndarray, ...] = ()  # Gradients by some entries of c, and by the others.
+
+
+def _by_draws(path, dtype, custom_dtype, draws) -> _Custom:
+    """A gradient by the draws of `_draws`."""
+    twice, *others = draws
+    once, *parts = others or [twice / -2]
+    return _Custom("gradient", path, dtype, custom_dtype, once, twice, tuple(parts))
+
+
+class _Result(NamedTuple):
+    """What stands beside it."""
+
+    reference: np.ndarray  # NaN where there is none.
+    truth: np.ndarray  # NaN where it is not known.
+    noise: np.ndarray  # How far off the reference is.
+    differences: Verdict | None = None
+
+
+def _plain_results(task, function, plain, jvp, cotangents, notes) -> list[Any]:
+    """Results of the function without its rules, as far as plain automatic differentiation goes."""
+    again = task.retrace(function, jvp)
+    narrow, wide, why = _both(task, plain, again, cotangents)
+    if narrow is None and wide is None:
+        notes.append(f"plain autodiff cannot run, so differences judge: {why}")
+        values = _said("function cannot run without its rules", plain.values, task.floats)
+        with task.wide():
+            truths, _ = _attempt(lambda: again(task.wide_floats).values(task.wide_floats))
+        return [
+            _Result(x, truth, _distance(x, truth))
+            for x, truth in zip(values, truths or values, strict=True)
+        ] + [_Result(x, x, np.zeros(x.shape)) for x in map(_unknown, task.floats)]
+    return _beside(task, plain, cotangents, narrow, wide, why, notes)
+
+
+def _reference_results(task, function, reference, plain, jvp, cotangents, notes) -> list[Any]:
+    """Results of a reference that was given, with the digits that plain autodiff alone has."""
+    other = _said("reference cannot be traced", task.trace, reference)
+    _refuse_other_shapes("reference", other.outputs, plain.outputs)
+    _said("reference cannot be differentiated", other.results, task.floats, cotangents)
+    narrow, wide, why = _both(task, other, partial(task.trace, reference), cotangents)
+    results = _beside(task, other, cotangents, narrow, wide, why, notes)
+    own_narrow, own_wide, _ = _both(task, plain, task.retrace(function, jvp), cotangents)
+    if wide is None or own_narrow is None or own_wide is None:
+        return results
+    noise = 32 * float(np.finfo(task.precision).eps) * max(1, *map(_largest, map(_numpy, cotangents)))
+    return [
+        result._replace(truth=truth, noise=_distance(result.reference, truth))
+        for result, n, w in zip(results, own_narrow, own_wide, strict=True)
+        for truth in [_with_digits(result.reference, result.truth, n, w, noise)]
+    ]
+
+
+def _both(task, program, trace, cotangents) -> tuple[Any, Any, str]:
+    """A program's results, the same in float64, and why one of them is missing."""
+    narrow, why = _attempt(program.results, task.floats, cotangents)
+    if task.is_wide:
+        return narrow, narrow, why
+    with task.wide():
+        wide, why_wide = _attempt(lambda: trace(task.wide_floats).results(task.wide_floats, cotangents))
+    return narrow, wide, why or why_wide
+
+
+def _beside(task, program, cotangents, narrow, wide, why, notes) -> list[Any]:
+    """Results in two precisions as reference and truth; of one alone, its noise is looked for."""
+    if narrow is None:
+        notes.append(f"the reference can only run in {task.precision}: {why}")
+        narrow = [np.full_like(x, np.nan) for x in wide]
+    if wide is None:
+        notes.append(f"the reference cannot run in {task.precision}, so it is the truth itself: {why}")
+        wide = narrow
+    if wide is not narrow:
+        return [_Result(x, truth, _distance(x, truth)) for x, truth in zip(narrow, wide, strict=True)]
+    # Rounding is not seen in one run, but in another close by.
+    generator = np.random.default_rng(0)
+    near = [
+        x + x * jnp.asarray(float(jnp.finfo(x.dtype).eps) * generator.choice([-1, 1], x.shape), x.dtype)
+        for x in task.floats
+    ]
+    shaken = program.results(near, cotangents)
+    return [_Result(x, x, _distance(x, y)) for x, y in zip(narrow, shaken, strict=True)]
+
+
+def _judged(task, function, own, cotangents, custom, results, everywhere, notes) -> list[Any]:
+    """The results, with gradients that differences confirm where plain autodiff is no judge."""
+    at = [i for i, c in enumerate(custom) if c.kind == "gradient"]
+    limits = _limits(custom, results)
+    disputed = [
+        np.full(custom[i].result.shape, everywhere) | _disputed(custom[i], results[i], limits[i])
+        for i in at
+    ]
+    if not any(mask.any() for mask in disputed):
+        return results
+    floats, program, precise = task.wide_floats, own, task.precision == "float64"
+    gradients = [custom[i].result for i in at]
+    # A function that iterates to a tolerance follows its ideal derivative no better.
+    digits = max(2.0**-9, *(2 * float(jnp.finfo(x.dtype).eps) for x in task.floats))
+    if not task.is_wide:
+        with task.wide():
+            program, why = _attempt(task.trace, function, floats)
+            if program is None:
+                floats, program, precise = task.floats, own, False
+                notes.append(f"differences are in the arguments' own precision: {why}")
+            else:
+                exact, _ = _attempt(program.results, floats, cotangents)
+                if exact is not None:
+                    gradients, digits = [exact[i] for i in at], 2.0**-9
+
+    def evaluate(arrays):
+        moved = [
+            jax.device_put(jnp.asarray(array, x.dtype), x.sharding)
+            for array, x in zip(arrays, floats, strict=True)
+        ]
+        return program.forward_values(moved)
+
+    with task.wide() if precise else nullcontext():
+        verdicts, slopes, used = judge(
+            evaluate,
+            [_numpy(x) for x in floats],
+            [_numpy(c) for c in cotangents],
+            Contradiction(gradients, [results[i].truth for i in at], disputed, digits),
+            precise,
+        )
+    notes.append(f"differences: {used} evaluations")
+    judged = list(results)
+    for i, gradient, mask, verdict, slope in zip(at, gradients, disputed, verdicts, slopes, strict=True):
+        known = {
+            "custom": gradient,
+            "kink": gradient,
+            "unknown": np.nan if everywhere else results[i].truth,
+        }
+        truth = np.where(
+            mask,
+            known.get(verdict or "", np.where(np.isfinite(slope), slope, results[i].truth)),
+            results[i].truth,
+        )
+        judged[i] = results[i]._replace(truth=truth, differences=verdict)
+    return judged
+
+
+class _Limit(NamedTuple):
+    """How far off a result may be."""
+
+    ulp: float
+    off: float  # How far off its reference is, in ulps.
+    as_close: float  # How much of that excuses it.
+    same: bool  # Whether it is its reference to the last bit.
+    allowed: float
+
+
+def _limits(custom, results) -> list[Any]:
+    """How far off each custom result may be."""
+    overall = max(
+        _largest(result.truth) for c, result in zip(custom, results, strict=True) if c.kind == "gradient"
+    )
+    limits = []
+    for c, result in zip(custom, results, strict=True):
+        about, largest = jnp.finfo(c.dtype), _largest(result.truth)
+        ulp = float(about.eps) * 2.0 ** math.floor(math.log2(max(largest, float(about.tiny))))
+        cap = (overall if c.kind == "gradient" else largest) * (2.0**-5 if about.bits < 32 else 2.0**-8)
+        off = float(np.max(np.where(np.isfinite(result.truth), result.noise, 0), initial=0))
+        as_close = 2 * min(off, cap) / ulp if math.isfinite(off) else 0.0
+        same = not np.any(_distance(c.result, result.reference))
+        if result.differences in ("custom", "kink"):
+            as_close = 2 * cap / ulp
+        allowed = math.inf if same else max(_usual(c.dtype), as_close) * ulp
+        limits.append(_Limit(ulp, off / ulp, as_close, same, allowed))
+    return limits
+
+
+def _disputed(custom, result, limit) -> Any:
+    """The entries that are not right by their truth."""
+    return ~np.isfinite(result.truth) | (_distance(custom.result, result.truth) > limit.allowed)
+
+
+def _usual(dtype) -> int:
+    """How many ulps off is right in any case."""
+    return 4 if jnp.finfo(dtype).bits < 32 else 32
+
+
+def _row(custom, result, limit) -> GradientRow:
+    own, reference, truth = custom.result, result.reference, result.truth
+    known = np.isfinite(truth)
+    error, reference_error = (np.where(known, _distance(x, truth), 0.0) for x in (own, reference))
+    worst = np.unravel_index(np.argmax(error), error.shape) if error.size else ()
+    difference = float(np.max(_distance(own, reference), initial=0))
+    largest = _largest(truth)
+    return GradientRow(
+        path=custom.path,
+        kind=custom.kind,
+        shape=own.shape,
+        dtype=str(custom.dtype),
+        custom_dtype=str(custom.custom_dtype),
+        norm=float(np.linalg.norm(truth[known])),
+        largest=largest,
+        difference=difference,
+        relative=difference / largest if largest else (math.inf if difference else 0.0),
+        ulps=difference / limit.ulp,
+        worst=tuple(int(i) for i in worst),
+        custom=own[worst].item() if own.size else 0.0,
+        reference=reference[worst].item() if own.size else 0.0,
+        truth=truth[worst].item() if own.size else 0.0,
+        custom_ulps=float(np.max(error, initial=0)) / limit.ulp,
+        reference_ulps=float(np.max(reference_error, initial=0)) / limit.ulp,
+        custom_nonfinite=int(np.sum(~np.isfinite(own))),
+        reference_nonfinite=int(np.sum(~np.isfinite(reference))),
+        unknown=int(np.sum(~known)),
+        as_close=math.inf if limit.same else limit.as_close,
+        linear=_is_linear(custom, limit),
+        differences=result.differences,
+    )
+
+
+def _draws(cotangents) -> list[Any]:
+    """−2c for one scalar; else −2c, c, some entries of c, and the others."""
+    if [c.shape for c in cotangents] == [()]:
+        return [-2 * c[None] for c in cotangents]
+    draws = []
+    for i, c in enumerate(cotangents):
+        some = (jnp.arange(c.size).reshape(c.shape) + i) % 2 == 0
+        zero = jnp.zeros_like(c)
+        draws.append(jnp.stack([-2 * c, c, jnp.where(some, c, zero), jnp.where(some, zero, c)]))
+    return draws
+
+
+def _is_linear(custom, limit) -> bool:
+    """Whether a gradient is linear in the cotangent, but for rounding and overflow."""
+    if custom.twice is None:
+        return True
+    about, once = jnp.finfo(custom.dtype), custom.result
+    off = np.where(np.abs(2 * once) > float(about.max), 0, _distance(custom.twice, -2 * once))
+    if np.any(off > 2 * float(about.eps) * max(2 * _largest(once), float(about.tiny))):
+        return False
+    if not custom.parts:
+        return True
+    largest = max(map(_largest, [once, *custom.parts]))
+    noise = limit.off * limit.ulp if math.isfinite(limit.off) else 0.0
+    slack = max(4 * _usual(custom.dtype) * float(about.eps) * largest, 8 * noise)
+    return not np.any(_distance(sum(custom.parts), once) > slack)
+
+
+def _unseen(removal: Removal) -> list[str]:
+    """What the comparison cannot see."""
+    notes = []
+    if not any(rule.compared for rule in removal.found()):
+        other = " (jvp=True compares custom_jvp rules)" if removal.rules else ""
+        notes.append(f"no rule was found to compare{other}")
+    if removal.used:
+        notes.append(
+            "a derivative inside the function has used rules that could not be removed: "
+            "reference='differences' judges them"
+        )
+    if removal.stopped:
+        notes.append(
+            f"{removal.stopped} stop_gradient inside: both runs lose what it hides, "
+            "reference='differences' does not"
+        )
+    if removal.opaque:
+        notes.append(f"rules left inside {', '.join(sorted(removal.opaque))}")
+    return notes
+
+
+def _number(number: float | complex, form: str = ".7g") -> str:
+    return format(number, form) if math.isfinite(abs(number)) else "-"
+
+
+def _error(ulps: float, nonfinite: int, size: int) -> str:
+    if nonfinite == size > 0 and not math.isfinite(ulps):
+        return "-"
     return f"{ulps:.3g} ulp" + (f", {nonfinite} not finite" if nonfinite else "")
 
 
-def _verdict(row: GradientRow) -> str:
-    if row.custom_dtype != row.dtype:
-        return f"wrong: should be {row.dtype}"
-    return "right" if row.is_right() else "wrong"
+def _numpy(x: Any) -> np.ndarray:
+    return np.asarray(x, _numpy_dtype(x.dtype))
+
+
+def _unknown(x: Any) -> np.ndarray:
+    return np.full(x.shape, np.nan, _numpy_dtype(x.dtype))
+
+
+def _numpy_dtype(dtype: Any) -> type:
+    return np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64
 
 
 def _largest(array: Any) -> float:
     """The largest finite absolute entry."""
-    array = np.abs(np.asarray(array, np.float64))
+    array = np.abs(array)
     return float(np.max(array, initial=0, where=np.isfinite(array)))
 
 
@@ -409,15 +726,7 @@ def _with_digits(narrow, wide, own_narrow, own_wide, noise) -> np.ndarray:
     return np.where(lost, own_wide, wide)
 
 
-def _if_differentiable(run: Callable[..., Any], function: Callable[..., Any]) -> Any:
-    """The run of the function, or None where JAX has no derivative of it."""
-    try:
-        return run(function)
-    except Exception:  # What JAX and the libraries on it raise for that has no common type.
-        return None
-
-
-def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _distance(a: Any, b: Any) -> np.ndarray:
     """|a − b|, where NaN or infinity is 0 from its like and infinitely far from all else."""
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
@@ -425,30 +734,75 @@ def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _cotangents(outputs: list[Any], key: PRNGKeyArray) -> list[Any]:
-    """A random cotangent for each output; 1 for a single scalar."""
+    """A random cotangent for each output; 1 for a single scalar.
+
+    Of eight digits, so that it is the same number in every dtype.
+    """
     if [output.shape for output in outputs] == [()]:
         return [jnp.ones((), outputs[0].dtype)]
-    keys = jax.random.split(key, len(outputs))
-    return [
-        jax.random.normal(each, out.shape, out.dtype) for each, out in zip(keys, outputs, strict=True)
-    ]
+
+    def draw(key, shape):
+        return jax.random.normal(key, shape, jnp.float32).astype(jnp.bfloat16).astype(jnp.float32)
+
+    cotangents = []
+    for each, out in zip(jax.random.split(key, len(outputs)), outputs, strict=True):
+        cotangent = draw(each, out.shape)
+        if jnp.issubdtype(out.dtype, jnp.complexfloating):
+            cotangent = jax.lax.complex(cotangent, draw(jax.random.fold_in(each, 1), out.shape))
+        cotangents.append(cotangent.astype(out.dtype))
+    return cotangents
 
 
-def _like(cotangents: list[Any], outputs: list[Any]) -> list[Any]:
-    """The same cotangents in the dtypes of another run's outputs."""
-    shapes = [cotangent.shape for cotangent in cotangents]
-    if shapes != [output.shape for output in outputs]:
+def _refuse_other_shapes(name: str, outputs: list[Any], expected: list[Any]) -> None:
+    shapes, own = ([x.shape for x in each] for each in (outputs, expected))
+    if shapes != own:
         raise ValueError(
-            f"function and reference must return floating-point arrays of the same shapes, got {shapes} "
-            f"and {[output.shape for output in outputs]}"
+            f"{name} must return floating-point arrays of the same shapes as function, got {shapes} "
+            f"and {own}"
         )
-    return [c.astype(output.dtype) for c, output in zip(cotangents, outputs, strict=True)]
 
 
-def _refuse_uncallable(**functions: Any) -> None:
-    for name, function in functions.items():
-        if not callable(function):
-            raise TypeError(f"{name} must be a function, got {reprlib.repr(function)}")
+def _attempt(run: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """What it returns, or why it does not."""
+    try:
+        return run(*arguments), ""
+    except Exception as error:  # What JAX and the libraries on it raise has no common type.
+        return None, _brief(error)
+
+
+def _said(problem: str, run: Callable[..., Any], *arguments: Any) -> Any:
+    """What it returns; else a sentence on the error."""
+    try:
+        return run(*arguments)
+    except Exception as error:
+        advice = ""
+        if isinstance(error, jax.errors.ConcretizationTypeError):
+            advice = (
+                ". A number that Python looks at must not be traced: leave its argument out by argnums, "
+                "or bind it by functools.partial"
+            )
+        raise RuntimeError(f"{problem}: {_brief(error)}{advice}") from error
+
+
+def _brief(error: Exception) -> str:
+    """An error's type and first line."""
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first.rstrip('.')}"
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], Any]]:
+    """Says what is run, where tqdm is installed and it takes more than ten seconds."""
+    if tqdm is None:
+        yield lambda _: None
+        return
+    with tqdm(delay=10, leave=False, bar_format="compare_gradients: {desc}, {elapsed}") as bar:
+
+        def step(name):
+            bar.set_description_str(name, refresh=False)
+            bar.update()
+
+        yield step
 
 
 def _positions(argnums: Any, count: int) -> list[int]:
@@ -473,11 +827,8 @@ def _argument_names(function: Callable[..., Any], count: int) -> list[str]:
     return names[:count] + [f"args[{i}]" for i in range(len(names), count)]
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
-
-
-def _is_float(leaf: Any) -> bool:
-    if isinstance(leaf, float):
+def _is_inexact(leaf: Any) -> bool:
+    """Whether it has gradients: a real or complex floating-point array or number."""
+    if isinstance(leaf, float | complex):
         return True
-    return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)

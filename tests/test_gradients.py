@@ -27,6 +27,15 @@ def doubled(x):
 doubled.defvjp(lambda x: (2 * x, None), lambda _, cotangent: (3 * cotangent,))
 
 
+@jax.custom_vjp
+def halved(x):
+    """x/2, with its rule."""
+    return x / 2
+
+
+halved.defvjp(lambda x: (x / 2, None), lambda _, cotangent: (cotangent / 2,))
+
+
 @jax.custom_jvp
 def tripled(x):
     """3x, with a rule that says 5."""
@@ -287,14 +296,14 @@ def test_a_gradient_that_is_truly_0_may_be_rounding(key):
 
 def test_what_has_no_gradient_is_said():
     def function(x, count, mask, name, aux):
-        return jnp.where(mask, x * count.astype(x.dtype), 0), (name, aux)
+        return jnp.where(mask, halved(x) * count.astype(x.dtype), 0), (name, aux)
 
     comparison = js.compare_gradients(
         function, jnp.ones(3), jnp.arange(3), jnp.ones(3, bool), "text", {"a": jnp.ones(2)}, has_aux=True
     )
     comparison.assert_close()
     assert comparison.skipped == ("count (int32)", "mask (bool)")
-    assert str(comparison).endswith("not compared: count (int32), mask (bool)")
+    assert "\nnot compared: count (int32), mask (bool)\n" in str(comparison)
     assert [(row.kind, row.path) for row in comparison.rows] == [
         ("value", "output"), ("gradient", "x"), ("gradient", "aux['a']")
     ]  # fmt: skip
@@ -353,7 +362,9 @@ def test_libraries_that_know_nothing_of_it(key):
         (optax_loss, x),
         (peer, x, jax.random.normal(key, (4, 3))),
     ):
-        comparison = js.compare_gradients(function, *arguments)
+        # What is called here of optax has no rules.
+        reference = "differences" if function is optax_loss else None
+        comparison = js.compare_gradients(function, *arguments, reference=reference)
         comparison.assert_close()
         assert len(comparison.rows) > 1
 
@@ -398,7 +409,8 @@ def test_rows_are_plain_numbers(key):
     assert (row.shape, row.dtype) == ((4, 2), "float32")
     assert row.largest == pytest.approx(float(jnp.abs(gradient).max()), rel=1e-6)
     assert row.custom == float(gradient[row.worst])
-    assert len(str(comparison).splitlines()) == 6
+    assert len(str(comparison).splitlines()) == 9
+    assert "\nrules compared: _label_cost (custom_vjp) × 1" in str(comparison)
 
 
 def test_a_reference_may_be_given(key):
@@ -411,7 +423,7 @@ def test_a_reference_may_be_given(key):
 
     cost = jax.jit(js.log_likelihood_cost)
     js.compare_gradients(cost, logits, labels, reference=article, key=key).assert_close(ulps=8)
-    with pytest.raises(ValueError, match=r"same shapes, got \[\(\)\] and \[\(4, 3\)\]"):
+    with pytest.raises(ValueError, match=r"same shapes as function, got \[\(4, 3\)\] and"):
         js.compare_gradients(cost, logits, labels, reference=lambda logits, _: logits)
     with pytest.raises(ValueError, match="floating-point array to differentiate in, found none"):
         js.compare_gradients(cost, logits, labels, argnums=1)
@@ -422,7 +434,9 @@ def test_argnums_out_of_range_are_refused(argnums):
     x = jnp.ones(2)
     with pytest.raises(ValueError, match=r"argnums must be in \[-2, 2\) for 2 arguments"):
         js.compare_gradients(jnp.multiply, x, x, argnums=argnums)
-    js.compare_gradients(jnp.multiply, x, x, argnums=-1).assert_close()
+    comparison = js.compare_gradients(jnp.multiply, x, x, argnums=-1, reference="differences")
+    comparison.assert_close()
+    assert len(comparison.rows) == 2
 
 
 def test_a_function_without_floating_point_results_is_refused():
@@ -494,33 +508,11 @@ def test_an_exact_0_of_the_reference_stays():
         js.compare_gradients(forgotten, logits, reference=held).assert_close()
 
 
-def test_a_value_of_another_dtype_is_wrong():
-    @jax.custom_vjp
-    def function(x):
-        return 2 * x
-
-    function.defvjp(
-        lambda x: ((2 * x).astype(jnp.bfloat16), None), lambda _, c: (2 * c.astype(jnp.float32),)
-    )
-    comparison = js.compare_gradients(function, jnp.array([0.5, 2.0]))
-    assert [row.is_right() for row in comparison.rows] == [False, True]
-    assert "wrong: should be float32" in str(comparison)
-
-
 def test_what_no_rule_has_changed_is_right():
     def cancels(x):
-        return jax.nn.standardize(1000 + x), jnp.argmax(x), jnp.fft.fft(x)
+        return jax.nn.standardize(1000 + halved(x)), jnp.argmax(x), jnp.fft.rfft(x)
 
     comparison = js.compare_gradients(cancels, jnp.arange(4.0) / 3, argnums=np.int64(0))
     comparison.assert_close()
-    assert comparison.skipped == ("output[1] (int32)", "output[2] (complex64)")
-
-
-def test_errors_of_the_float64_run_say_what_helps():
-    def narrow(x):
-        return jax.lax.scan(lambda c, y: (c + doubled(y), None), jnp.float32(0), x)[0]
-
-    with pytest.raises(TypeError) as error:
-        js.compare_gradients(narrow, jnp.ones(3))
-    assert "give it precision='float32', or a reference that can" in error.value.__notes__[-1]
-    js.compare_gradients(js.without_custom_rules(narrow), jnp.ones(3), precision="float32").assert_close()
+    assert comparison.skipped == ("output[1] (int32)",)
+    assert comparison.rows[1].dtype == "complex64"

@@ -1,0 +1,201 @@
+"""Derivatives that need no derivative: central differences, and which of two gradients they confirm."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+# Whose gradient differences confirm: the custom one, the reference's, both or neither; at a kink the
+# custom one, as any between the slopes of both sides; or they cannot tell.
+Verdict = Literal["custom", "reference", "both", "neither", "kink", "unknown"]
+
+# Up to so many entries are judged one by one. Of more, up to three groups of arrays are, each along one
+# direction, in so many evaluations in all.
+_ENTRIES = _EVALUATIONS = 20
+_GROUPS = 3
+
+# Steps by whether the function computes in float64, the likeliest first. One that iterates to a tolerance
+# shows nothing at shorter ones, and among many ReLUs there is always one that has its kink nearer.
+_STEPS = {True: (2.0**-12, 2.0**-24, 2.0**-5), False: (2.0**-6, 2.0**-4, 2.0**-9)}
+
+Arrays = Sequence[np.ndarray]
+
+
+class Contradiction(NamedTuple):
+    """Entries of gradients that need a judge.
+
+    Attributes:
+        custom: The gradients by rule, for each argument.
+        reference: The same by the reference; NaN where it has none.
+        disputed: Which entries are to be judged.
+        digits: How near a gradient must be to the differences, relative to its norm; below 1/128.
+    """
+
+    custom: Arrays
+    reference: Arrays
+    disputed: Arrays
+    digits: float
+
+
+def judge(
+    evaluate: Callable[[list[np.ndarray]], Arrays],
+    arguments: Arrays,
+    cotangents: Arrays,
+    contradiction: Contradiction,
+    precise: bool,
+) -> tuple[list[Verdict | None], list[np.ndarray], int]:
+    """Which gradients the differences of a function agree with, by argument.
+
+    With them come the real entries that were judged one by one, NaN for the others, and how often the
+    function was evaluated.
+
+    For a direction v, ⟨c, f(x + hv) − f(x − hv)⟩ / 2h is held against ⟨gradient, v⟩.
+
+    Args:
+        evaluate: The function's outputs for arguments in float64 or complex128.
+        arguments: Where to differentiate.
+        cotangents: c, for each output.
+        contradiction: The gradients, and what of them is disputed.
+        precise: Whether the function computes in float64, or else in float32.
+    """
+    custom, reference, disputed, digits = contradiction
+    generator = np.random.default_rng(0)
+    scales = [_scales(x) for x in arguments]
+    rows = [i for i, mask in enumerate(disputed) if mask.any()]
+    if sum(int(disputed[i].sum()) for i in rows) <= _ENTRIES:
+        groups = [{i: _only(disputed[i].shape, at)} for i in rows for at in np.argwhere(disputed[i])]
+        budget = None
+    else:
+        groups = [
+            {i: disputed[i] for i in part} for part in np.array_split(rows, min(len(rows), _GROUPS))
+        ]
+        budget = _EVALUATIONS
+    once = len(groups)
+    if budget is not None:
+        # A direction that is nearly across the gradient shows little: one or two have others besides.
+        groups *= 4 // once
+    used = 0
+
+    def outputs(direction, step):
+        nonlocal used
+        used += 1
+        moved = evaluate([x + step * v for x, v in zip(arguments, direction, strict=True)])
+        return [c * y for c, y in zip(cotangents, moved, strict=True)]
+
+    centre = outputs([np.zeros(x.shape) for x in arguments], 0.0)
+    size = sum(_finite(np.abs(y)).sum() for y in centre)
+    # What is small beside all of the gradient, or beside the value, may be rounding.
+    overall = max(np.linalg.norm(_finite(g * s)) for g, s in zip(custom, scales, strict=True))
+    floor = max(overall / 256, size * 2.0**-20)
+    found: list[list[Verdict]] = [[] for _ in arguments]
+    slopes = [np.full(x.shape, np.nan) for x in arguments]
+    steps = list(_STEPS[precise])
+    for position, group in enumerate(groups):
+        # The groups that come have a first try each.
+        tries = 3 if budget is None else (budget - used) // 4 - max(once - position - 1, 0)
+        if tries < 1:
+            break
+        direction = [np.zeros(x.shape) for x in arguments]
+        for i, mask in group.items():
+            direction[i] = _direction(custom[i] - reference[i], scales[i], mask, generator)
+
+        def along(step, direction=direction):
+            """Central and second difference, over 2h."""
+            ahead, behind = outputs(direction, step), outputs(direction, -step)
+            slope = sum(np.sum(np.real(y - z)) for y, z in zip(ahead, behind, strict=True))
+            bend = sum(
+                np.sum(np.real((y - x) + (z - x))) for x, y, z in zip(centre, ahead, behind, strict=True)
+            )
+            return slope / (2 * step), bend / (2 * step)
+
+        gradients = [
+            sum(np.sum(np.real(g[i][mask] * direction[i][mask])) for i, mask in group.items())
+            for g in (custom, reference)
+        ]
+        scale = max(
+            np.linalg.norm([np.linalg.norm(_finite(custom[i] * direction[i])) for i in group]), floor
+        )
+        slope = _slope(along, size, scale, 2.0**-52 if precise else 2.0**-23, steps[:tries])
+        steps.sort(key=lambda step: step != slope.step)
+        verdict = slope.judge(gradients, scale, digits)
+        if verdict == "unknown" and position >= once:
+            continue
+        for i, mask in group.items():
+            found[i].append(verdict)
+            if budget is None and verdict != "unknown" and not np.iscomplexobj(arguments[i]):
+                slopes[i][mask] = slope.value / direction[i][mask]
+    return [_gravest(verdicts) for verdicts in found], slopes, used
+
+
+class _Slope(NamedTuple):
+    value: float = math.nan
+    error: float = math.inf
+    kink: float = 0.0  # How far the slopes of both sides are from it.
+    step: float = 0.0
+
+    def judge(self, gradients: list[Any], scale: Any, digits: float) -> Verdict:
+        """Which of two numbers it is."""
+        scale = max(scale, abs(self.value), self.kink)
+        slack = 4 * self.error + digits * scale
+        if not slack <= scale / 128:  # Also where it is not finite.
+            return "unknown"
+        mine, others = (abs(number - self.value) <= self.kink + slack for number in gradients)
+        if mine:
+            return "kink" if self.kink else "both" if others else "custom"
+        return "reference" if others else "neither"
+
+
+def _slope(along, size, scale, eps, steps) -> _Slope:
+    """A derivative, by one step after the other until it is good.
+
+    Two steps h and h/2 give (4 D(h/2) − D(h)) / 3, and the difference of the two bounds its error. So
+    does what rounding leaves. The second difference over h vanishes with h, but for a kink at h = 0.
+    """
+    best, good = _Slope(), scale / 4096
+    for step in steps:
+        (coarse, bend), (fine, half_bend) = along(step), along(step / 2)
+        noise = 2 * eps * size / step
+        error, jump = max(abs(fine - coarse), noise), abs(2 * half_bend - bend)
+        tried = _Slope((4 * fine - coarse) / 3, max(error, jump), 0.0, step)
+        if jump > max(abs(half_bend) / 2, 8 * noise, good):
+            sides = _Slope(fine, max(error, 2 * abs(half_bend - bend)), abs(half_bend), step)
+            tried = sides if sides.error <= good else tried
+        best = min(best, tried, key=lambda slope: slope.error)
+        if best.error <= good:
+            break
+    return best
+
+
+def _scales(x: np.ndarray) -> np.ndarray:
+    """How far each entry may go: by its own size, but not by nothing."""
+    size = np.abs(x)
+    usual = math.sqrt(float(np.mean(np.square(size)))) if size.size else 0.0
+    return np.maximum(size, usual / 16) if usual > 0 else np.ones_like(size)
+
+
+def _direction(difference, scales, mask, generator) -> np.ndarray:
+    """Along the difference of two gradients, which tells them best, or anywhere where there is none."""
+    signs = generator.choice([-1.0, 1.0], mask.shape)
+    if np.iscomplexobj(difference):
+        signs = (signs + 1j * generator.choice([-1.0, 1.0], mask.shape)) / math.sqrt(2)
+    size = np.abs(difference)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        known = np.isfinite(difference) & (size > 0)
+        signs = np.where(known, np.conj(difference) / np.where(known, size, 1), signs)
+    return np.where(mask, signs * scales, 0)
+
+
+def _only(shape: tuple[int, ...], at: np.ndarray) -> np.ndarray:
+    mask = np.zeros(shape, bool)
+    mask[tuple(at)] = True
+    return mask
+
+
+def _finite(array: Any) -> np.ndarray:
+    return array[np.isfinite(array)]
+
+
+def _gravest(verdicts: list[Verdict]) -> Verdict | None:
+    order: list[Verdict] = ["neither", "reference", "unknown", "both", "kink", "custom"]
+    return min(verdicts, key=order.index, default=None)

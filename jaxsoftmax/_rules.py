@@ -1,0 +1,216 @@
+"""Custom derivative rules: found, named, and removed from a function."""
+
+import functools
+import reprlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jax_core
+from jax.extend.core.primitives import closed_call_p
+
+
+def without_custom_rules(function: Callable[..., Any], jvp: bool = False) -> Callable[..., Any]:
+    """The same function with every `jax.custom_vjp` inside it replaced by what it computes.
+
+    `jax.grad` of the result is plain automatic differentiation, and forward mode works on it. Rules
+    are found wherever they sit: in nested functions, jit, scan, while, cond, vmap, checkpoint, shard_map
+    and other rules. `jax.custom_derivatives.linear_call` rules go too, and so do
+    `jax.custom_batching.custom_vmap` rules, which have no reverse mode. Operations of other libraries
+    that hold functions of their own are left as they are.
+
+    Args:
+        function: Any function that JAX can trace. Array arguments are traced; others, Python numbers
+            among them, are passed on as they are.
+        jvp: Whether `jax.custom_jvp` rules and those of `jax.lax.custom_linear_solve` go too.
+
+    Returns:
+        A function of the same arguments and results. It is traced anew at every call; put `jax.jit`
+        around it to trace once. Like all that is traced, `function` must have no side effects. A rule
+        that a derivative inside it, or inside a rule, has already used (as in `jax.lax.custom_root`) is
+        no longer there to be removed.
+
+    Raises:
+        TypeError: If `function` cannot be called; from the returned function, if a result is not an
+            array.
+
+    Example:
+        >>> @jax.custom_vjp
+        ... def double(x):
+        ...     return 2 * x
+        >>> double.defvjp(lambda x: (2 * x, None), lambda _, cotangent: (3 * cotangent,))
+        >>> float(jax.grad(double)(1.0)), float(jax.grad(without_custom_rules(double))(1.0))
+        (3.0, 2.0)
+    """
+    refuse_uncallable(function=function)
+
+    @functools.wraps(function)
+    def plain(*args, **kwargs):
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+
+        def of_arrays(arrays):
+            filled = list(leaves)
+            for i, array in zip(traced, arrays, strict=True):
+                filled[i] = array
+            new_args, new_kwargs = jax.tree.unflatten(tree, filled)
+            return function(*new_args, **new_kwargs)
+
+        arrays = [leaves[i] for i in traced]
+        closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
+        results = jax_core.jaxpr_as_fun(Removal(jvp).of(closed))(*arrays)
+        return jax.tree.unflatten(jax.tree.structure(shapes), map(jnp.asarray, results))
+
+    return plain
+
+
+class Rule(NamedTuple):
+    """A custom rule that was found, and whether it was compared.
+
+    Attributes:
+        kind: The JAX function that makes such a rule: "custom_vjp", "custom_jvp", "linear_call" or
+            "custom_linear_solve".
+        name: The name of the function that the rule belongs to.
+        calls: How many calls of it there are; one in a loop counts once.
+        compared: Whether it was removed from the reference, so that the two were compared.
+    """
+
+    kind: str
+    name: str
+    calls: int
+    compared: bool
+
+
+# What stands in a rule's place: a call of the function that the rule belongs to, which each keeps under
+# another name. Rules for vmap go too, as their calls have no reverse mode at all.
+_BODIES = {"custom_vjp_call": "call_jaxpr", "custom_vmap_call": "call", "linear_call": "callee"}
+_JVP_BODIES = {"custom_jvp_call": "call_jaxpr"}
+
+# The operations that are known to hold nothing but programs. Others may need theirs as they are.
+_HOLDERS = {
+    "jit", "pjit", "closed_call", "core_call", "call", "checkpoint", "remat", "remat2", "scan", "while",
+    "cond", "shard_map", "custom_jvp_call", "custom_linear_solve",
+}  # fmt: skip
+
+
+class Removal:
+    """Removes rules from jaxprs, and counts what it meets.
+
+    Attributes:
+        rules: How often each (kind, name, whether removed) was met.
+        stopped: How many `stop_gradient` there are.
+        derived: Whether a derivative was taken inside.
+        used: Whether such a derivative has used a rule, which is not there any more.
+        random: Whether random numbers are drawn.
+        opaque: Operations left alone that hold rules.
+    """
+
+    def __init__(self, jvp: bool):
+        self._jvp = jvp
+        self._bodies = _BODIES | _JVP_BODIES if jvp else _BODIES
+        self.rules: Counter[tuple[str, str, bool]] = Counter()
+        self.stopped = 0
+        self.derived = self.used = self.random = False
+        self.opaque: set[str] = set()
+
+    def of(self, part: Any) -> Any:
+        """A jaxpr, or whatever holds jaxprs among an equation's parameters, without custom rules."""
+        # Open before closed: from JAX 0.12 on the two are one class.
+        if isinstance(part, jax_core.Jaxpr):
+            return part.replace(eqns=[self._equation(equation) for equation in part.eqns])
+        if isinstance(part, jax_core.ClosedJaxpr):
+            return part.replace(jaxpr=self.of(part.jaxpr))
+        if isinstance(part, tuple | list):
+            parts = [self.of(each) for each in part]
+            return type(part)(*parts) if hasattr(part, "_fields") else type(part)(parts)
+        return part
+
+    def found(self) -> tuple[Rule, ...]:
+        """The rules met, those removed first."""
+        rules = [Rule(kind, name, n, gone) for (kind, name, gone), n in self.rules.items()]
+        return tuple(sorted(rules, key=lambda rule: (not rule.compared, rule.kind, rule.name)))
+
+    def _equation(self, equation: Any) -> Any:
+        name, params = equation.primitive.name, equation.params
+        self.stopped += name == "stop_gradient"
+        self.random |= name == "random_bits"
+        if "jvp" in str(equation.source_info.name_stack):
+            self.derived = True
+            self.used |= name not in self._bodies | _JVP_BODIES and _is_of_a_rule(equation)
+        if name in self._bodies:
+            body = params[self._bodies[name]]
+            if name != "custom_vmap_call":
+                self._count(name, _name(body), True)
+            return equation.replace(primitive=closed_call_p, params={"call_jaxpr": self.of(body)})
+        if name == "custom_linear_solve" and self._jvp:
+            return self._solve(equation)
+        if name not in _HOLDERS:
+            inside = Removal(self._jvp)
+            inside.of(tuple(params.values()))
+            if inside.rules:
+                self.opaque.add(name)
+            return equation
+        if name in ("custom_jvp_call", "custom_linear_solve"):
+            body = params["jaxprs"].solve if name == "custom_linear_solve" else params["call_jaxpr"]
+            self._count(name, _name(body), False)
+        params = {key: self.of(value) for key, value in params.items()}
+        if name == "custom_jvp_call":
+            params["jvp_jaxpr_fun"] = _RuleWithoutRules(params["jvp_jaxpr_fun"])
+        return equation.replace(params=params)
+
+    def _solve(self, equation: Any) -> Any:
+        """A linear solution by its algorithm alone, without the implicit derivative."""
+        lengths, jaxprs = equation.params["const_lengths"], equation.params["jaxprs"]
+        self._count("custom_linear_solve", _name(jaxprs.solve), True)
+        start = lengths.matvec + lengths.vecmat
+        constants = equation.invars[start : start + lengths.solve]
+        return equation.replace(
+            primitive=closed_call_p,
+            params={"call_jaxpr": self.of(jaxprs.solve)},
+            invars=[*constants, *equation.invars[sum(lengths) :]],
+        )
+
+    def _count(self, primitive: str, name: str, removed: bool) -> None:
+        kind = primitive.replace("vjp_call", "vjp").replace("jvp_call", "jvp")
+        self.rules[kind, name, removed] += 1
+
+
+def _name(body: Any) -> str:
+    """The name of the function that became this jaxpr."""
+    return getattr(getattr(body, "jaxpr", body).debug_info, "func_name", None) or "a function"
+
+
+def _is_of_a_rule(equation: Any) -> bool:
+    """Whether JAX came through a custom rule to this equation."""
+    frames = getattr(equation.source_info.traceback, "frames", ())
+    return any(
+        frame.file_name.endswith("custom_derivatives.py") and "__call__" in frame.function_name
+        for frame in frames
+    )
+
+
+class _RuleWithoutRules:
+    """The rule of a `custom_jvp` that stays, without the custom rules that it uses itself."""
+
+    def __init__(self, rule: Any):
+        self._rule = rule
+        self.debug_info = rule.debug_info
+
+    def call_wrapped(self, *zeros: bool) -> tuple[Any, Any, Any]:
+        jaxpr, constants, out_zeros = self._rule.call_wrapped(*zeros)
+        return Removal(jvp=False).of(jaxpr), constants, out_zeros
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether it is an array, or says what one would be."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def refuse_uncallable(**functions: Any) -> None:
+    """Raises `TypeError` for what cannot be called."""
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {reprlib.repr(function)}")

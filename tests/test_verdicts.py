@@ -1,0 +1,278 @@
+"""What a comparison sees beyond wrong numbers, and what it must not take for wrong."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from helpers import unchecked
+
+import jaxsoftmax as js
+
+
+def ruled(backward, primal=jnp.sin, derivative=jnp.cos):
+    """A function whose rule is its derivative times whatever `backward` makes of the cotangent."""
+
+    @jax.custom_vjp
+    def function(x):
+        return primal(x)
+
+    function.defvjp(lambda x: (primal(x), x), lambda x, c: (backward(c) * derivative(x),))
+    return function
+
+
+def around(function):
+    """The function within another rule."""
+
+    @jax.custom_vjp
+    def outer(x):
+        return function(x)
+
+    outer.defvjp(lambda x: jax.vjp(function, x), lambda pull_back, cotangent: pull_back(cotangent))
+    return outer
+
+
+BACKWARD = {
+    "right": lambda c: c,
+    "dropped": jnp.ones_like,
+    "squared": lambda c: c * c,
+    "absolute": lambda c: jnp.abs(c).astype(c.dtype),
+    "twice": lambda c: 2 * c,
+    "clipped": lambda c: c / jnp.maximum(1, jnp.abs(c)).astype(c.dtype),
+    "conjugated": jnp.conj,
+}
+CONSTRUCTS = {
+    "plain": lambda f: f,
+    "jit": jax.jit,
+    "scan": lambda f: lambda x: jax.lax.scan(lambda c, row: (c, f(row)), None, x)[1],
+    "vmap": jax.vmap,
+    "checkpoint": jax.checkpoint,
+    "rule": around,
+}
+
+
+@pytest.mark.parametrize("kind", ["scalar", "array", "complex"])
+def test_a_rule_must_be_linear_in_its_cotangent(kind, key):
+    dtype = jnp.complex64 if kind == "complex" else jnp.float32
+    faults = [fault for fault in BACKWARD if fault != "conjugated" or kind == "complex"]
+    x = {f: {c: jax.random.normal(key, (3, 2), dtype) for c in CONSTRUCTS} for f in faults}
+
+    def function(x):
+        results = {
+            (fault, name): construct(ruled(BACKWARD[fault]))(x[fault][name])
+            for fault in faults
+            for name, construct in CONSTRUCTS.items()
+        }
+        return sum(y.sum() for y in results.values()) if kind == "scalar" else list(results.values())
+
+    comparison = js.compare_gradients(function, x)
+    for row in comparison.rows:
+        assert row.is_right() == (row.kind == "value" or "right" in row.path), row.path
+    if kind == "scalar":
+        nonlinear = [
+            r.path for r in comparison.rows if r.verdict() == "wrong: not linear in the cotangent"
+        ]
+        assert len(nonlinear) == 4 * len(CONSTRUCTS)
+        # What is printed is the gradient.
+        gradient = jax.grad(function)(x)["dropped"]["plain"]
+        row = next(row for row in comparison.rows if row.path == "x['dropped']['plain']")
+        assert row.custom == float(gradient[row.worst])
+
+
+@jax.custom_jvp
+def tripled(x):
+    """3x, with a rule for forward mode that says 5."""
+    return 3 * x
+
+
+tripled.defjvp(lambda primals, tangents: (tripled(*primals), 5 * tangents[0]))
+quintupled = ruled(lambda c: 5 * c, lambda x: 3 * x, jnp.ones_like)
+X = jnp.array([0.5, -1.0, 2.0])
+
+
+def test_forward_rules_are_compared_if_asked():
+    comparison = js.compare_gradients(tripled, X)
+    assert [tuple(rule) for rule in comparison.rules] == [("custom_jvp", "tripled", 1, False)]
+    assert "no rule was found to compare (jvp=True compares custom_jvp rules)" in comparison.notes
+    with pytest.raises(AssertionError, match="no rule was compared:\n"):
+        comparison.assert_close()
+    comparison = js.compare_gradients(lambda x: tripled(x) + quintupled(jax.nn.relu(x)), X, jvp=True)
+    assert [tuple(rule) for rule in comparison.rules] == [
+        ("custom_jvp", "relu", 1, True), ("custom_jvp", "tripled", 1, True),
+        ("custom_vjp", "function", 1, True),
+    ]  # fmt: skip
+    assert [row.is_right() for row in comparison.rows] == [True, False]
+
+
+def test_nothing_is_judged_by_what_is_not_finite():
+    root = ruled(lambda c: c, jnp.sqrt, lambda x: 0.5 / jnp.sqrt(x))
+    comparison = js.compare_gradients(root, jnp.array([4.0, -1.0]))
+    assert [row.verdict() for row in comparison.rows] == [
+        "not judged: 1 of 2, not finite", "not judged: 1 of 2, differences are too rough"
+    ]  # fmt: skip
+    with pytest.raises(AssertionError, match="not judged: value of output, gradient of x:\n"):
+        comparison.assert_close()
+    assert "inf ulp" not in str(comparison)
+
+
+def force(x):
+    """A derivative inside the function: its rule is used before it could be removed."""
+    return jax.grad(lambda y: (tripled(y) ** 2).sum())(x)
+
+
+def zeroed(x):
+    """A linear function with the wrong transpose."""
+    call = jax.custom_derivatives.linear_call
+    return call(lambda _, x: 2 * x, lambda _, c: jnp.zeros_like(c), (), x)
+
+
+def stopped(x):
+    """3x whose half is hidden."""
+    return 1.5 * (x + jax.lax.stop_gradient(x)) + 0 * jnp.sum(ruled(lambda c: c)(x))
+
+
+def test_what_hides_a_gradient_is_told():
+    assert any("stop_gradient inside" in note for note in js.compare_gradients(stopped, X).notes)
+    assert any("rules that could not be removed" in note for note in js.compare_gradients(force, X).notes)
+    for function in (force, zeroed, stopped):
+        comparison = js.compare_gradients(function, X, reference="differences")
+        assert [row.verdict()[:5] for row in comparison.rows] == ["right", "wrong"], function
+    with pytest.raises(AssertionError, match="gradient of x"):
+        js.compare_gradients(zeroed, X).assert_close()
+
+
+def transformer(parameters, x):
+    """Layers of attention and a feed-forward network, with normalisations."""
+    for layer in parameters:
+        q, k, v = jnp.split(jax.nn.standardize(x) @ layer["qkv"], 3, axis=-1)
+        x = x + jax.nn.softmax(q @ k.T / 4) @ v
+        x = x + jax.nn.gelu(jax.nn.standardize(x) @ layer["up"]) @ layer["down"]
+    return optax.softmax_cross_entropy_with_integer_labels(x, jnp.arange(len(x)) % 16).mean()
+
+
+def test_a_function_without_rules_is_right_in_bfloat16(key):
+    def normal(key, *shape):
+        return jax.random.normal(key, shape, jnp.bfloat16) / 4
+
+    def layer(key):
+        keys = jax.random.split(key, 3)
+        return {
+            "qkv": normal(keys[0], 16, 48),
+            "up": normal(keys[1], 16, 32),
+            "down": normal(keys[2], 32, 16),
+        }
+
+    parameters = [layer(each) for each in jax.random.split(key, 2)]
+    # Not jitted: eagerly each operation would round by itself.
+    comparison = js.compare_gradients(transformer, parameters, normal(key, 8, 16))
+    assert all(row.is_right() and row.difference == 0 for row in comparison.rows)
+
+
+def test_a_true_0_is_right_in_float32(key):
+    @jax.jit
+    def normalised(x, bias):
+        return js.softmax(x + bias.sum())
+
+    x = jax.random.normal(key, (64, 10))
+    js.compare_gradients(normalised, x, jnp.ones(3), precision="float32").assert_close()
+
+
+def test_random_numbers_are_told():
+    @jax.jit
+    def dropped(x, key):
+        return jnp.where(jax.random.normal(key, x.shape) > 0, js.softmax(x) * x, 0)
+
+    x, key = jnp.linspace(1, 2, 64), jax.random.key(0)
+    comparison = js.compare_gradients(dropped, x, key)
+    assert any("try precision='float32'" in note for note in comparison.notes)
+    js.compare_gradients(dropped, x, key, precision="float32").assert_close()
+
+
+def test_operations_of_other_libraries_are_left_alone():
+    primitive = jax.extend.core.Primitive("holds_a_program")
+
+    @primitive.def_impl
+    def run(x, *, program):
+        assert program is kept, "another program than it was given"
+        return jax.extend.core.jaxpr_as_fun(program)(x)[0]
+
+    primitive.def_abstract_eval(lambda x, **_: x)
+    kept = jax.make_jaxpr(quintupled)(X)
+    assert js.without_custom_rules(lambda x: primitive.bind(x, program=kept))(X).shape == (3,)
+
+
+def test_arguments_of_every_kind():
+    right = ruled(lambda c: c)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def donated(x):
+        return right(x)
+
+    x = jnp.array(X)
+    js.compare_gradients(donated, x).assert_close()
+    assert not x.is_deleted()
+    js.compare_gradients(
+        lambda x, _key, _nothing, n: n * right(x), 0.5, jax.random.key(0), None, 3
+    ).assert_close()
+    js.compare_gradients(lambda z: jnp.abs(right(z)), X.astype(jnp.complex64) * (1 + 2j)).assert_close()
+    with jax.set_mesh(jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))):
+        y = jax.device_put(jnp.arange(8.0) / 4, jax.sharding.PartitionSpec("rows"))
+        js.compare_gradients(lambda y: 2 * right(y), y).assert_close()
+        js.compare_gradients(lambda y: 2 * right(y), y, reference="differences").assert_close()
+
+
+def test_what_prevents_a_comparison_is_a_sentence():
+    right = ruled(lambda c: c)
+
+    def branching(x, scale):
+        return right(x) if scale > 0 else x
+
+    with pytest.raises(
+        RuntimeError, match=r"^function cannot be traced: .* leave its argument out by argnums"
+    ):
+        js.compare_gradients(branching, X, 2.0)
+    js.compare_gradients(branching, X, 2.0, argnums=0).assert_close()
+
+    @jax.custom_vjp
+    def odd(x):
+        return 2 * x
+
+    odd.defvjp(lambda x: ({"y": 2 * x}, None), lambda _, c: (2 * c,))
+    with pytest.raises(RuntimeError, match=r"^function cannot be differentiated: .*fwd rule") as error:
+        js.compare_gradients(odd, X)
+    assert isinstance(error.value.__cause__, TypeError)
+    with pytest.raises(RuntimeError, match=r"^function cannot be differentiated: .*Reverse-mode"):
+        js.compare_gradients(lambda x: jax.lax.while_loop(lambda x: x[0] < 9, jnp.exp, x), X)
+    with pytest.raises(RuntimeError, match=r"^reference cannot be differentiated: .*Reverse-mode"):
+        js.compare_gradients(
+            right, X, reference=lambda x: jax.lax.while_loop(lambda x: x[0] < 0, jnp.exp, x)
+        )
+    for transform in (jax.jit, jax.grad, jax.vmap):
+        with pytest.raises(TypeError, match="x is traced: call it outside of jit, grad and vmap"):
+            transform(lambda x: js.compare_gradients(right, x).rows[0].norm)(
+                jnp.ones(3) if transform is jax.vmap else 1.0
+            )
+    with pytest.raises(TypeError, match="reference must be a function"):
+        unchecked(js.compare_gradients)(right, X, reference="difference")
+
+
+def test_float64_is_not_needed():
+    def narrow(x):
+        return jax.lax.scan(lambda c, y: (c + quintupled(y), None), jnp.float32(0), x)[0]
+
+    comparison = js.compare_gradients(narrow, X)
+    assert [row.is_right() for row in comparison.rows] == [True, False]
+    assert any("cannot run in float64" in note for note in comparison.notes)
+    js.compare_gradients(js.without_custom_rules(narrow), X, reference="differences").assert_close()
+
+
+def test_pytest_shows_the_table_alone():
+    comparison = js.compare_gradients(quintupled, jnp.ones((40, 50)))
+    with pytest.raises(AssertionError) as error:
+        comparison.assert_close()
+    shown = str(error.getrepr())
+    assert "wrong in gradient of x" in shown
+    assert "array(" not in shown
+    assert len(shown.splitlines()) < 25
+    assert len(repr(comparison)) < 200
