@@ -298,7 +298,7 @@ def compare_gradients(
         rows=rows,
         skipped=(*task.skipped, *plain.skipped),
         rules=removal.found(),
-        notes=(*_unseen(removal), *notes),
+        notes=(*(_unseen(removal) if reference is None else ()), *notes),
         given=reference is not None,
         arrays=tuple((c.result, r.reference, r.truth) for c, r in zip(custom, results, strict=True)),
     )
