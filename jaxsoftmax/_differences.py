@@ -12,12 +12,12 @@ Verdict = Literal["custom", "reference", "both", "neither", "kink", "unknown"]
 
 # Up to so many entries are judged one by one. Of more, up to three groups of arrays are, each along one
 # direction, in so many evaluations in all.
-_ENTRIES = _EVALUATIONS = 20
+ENTRIES = _EVALUATIONS = 20
 _GROUPS = 3
 
 # Steps by whether the function computes in float64, the likeliest first. One that iterates to a tolerance
 # shows nothing at shorter ones, and among many ReLUs there is always one that has its kink nearer.
-_STEPS = {True: (2.0**-12, 2.0**-24, 2.0**-5), False: (2.0**-6, 2.0**-4, 2.0**-9)}
+_STEPS = {True: (2.0**-12, 2.0**-24, 2.0**-5, 2.0**-32), False: (2.0**-6, 2.0**-4, 2.0**-9)}
 
 Arrays = Sequence[np.ndarray]
 
@@ -43,12 +43,12 @@ def judge(
     arguments: Arrays,
     cotangents: Arrays,
     contradiction: Contradiction,
-    precise: bool,
+    eps: float,
 ) -> tuple[list[Verdict | None], list[np.ndarray], int]:
     """Which gradients the differences of a function agree with, by argument.
 
-    With them come the real entries that were judged one by one, NaN for the others, and how often the
-    function was evaluated.
+    With them come the true gradients as far as they are known, NaN elsewhere, and how often the function
+    was evaluated.
 
     For a direction v, ⟨c, f(x + hv) − f(x − hv)⟩ / 2h is held against ⟨gradient, v⟩.
 
@@ -57,22 +57,21 @@ def judge(
         arguments: Where to differentiate.
         cotangents: c, for each output.
         contradiction: The gradients, and what of them is disputed.
-        precise: Whether the function computes in float64, or else in float32.
+        eps: That of the numbers that the function computes with.
     """
     custom, reference, disputed, digits = contradiction
+    precise = eps < 2.0**-40
     generator = np.random.default_rng(0)
-    scales = [_scales(x) for x in arguments]
     rows = [i for i, mask in enumerate(disputed) if mask.any()]
-    if sum(int(disputed[i].sum()) for i in rows) <= _ENTRIES:
+    alone = sum(int(disputed[i].sum()) for i in rows) <= ENTRIES
+    if alone:
         groups = [{i: _only(disputed[i].shape, at)} for i in rows for at in np.argwhere(disputed[i])]
-        budget = None
     else:
         groups = [
             {i: disputed[i] for i in part} for part in np.array_split(rows, min(len(rows), _GROUPS))
         ]
-        budget = _EVALUATIONS
     once = len(groups)
-    if budget is not None:
+    if not alone:
         # A direction that is nearly across the gradient shows little: one or two have others besides.
         groups *= 4 // once
     used = 0
@@ -85,15 +84,19 @@ def judge(
 
     centre = outputs([np.zeros(x.shape) for x in arguments], 0.0)
     size = sum(_finite(np.abs(y)).sum() for y in centre)
-    # What is small beside all of the gradient, or beside the value, may be rounding.
+    # What is small beside the value may be rounding. An entry whose own size moves more goes by it.
+    least = size * (2.0**-28 if precise else 2.0**-20)
+    with np.errstate(invalid="ignore"):
+        moves = [np.abs(np.nan_to_num(g * x)) > least for x, g in zip(arguments, custom, strict=True)]
+    scales = [_scales(x, own) for x, own in zip(arguments, moves, strict=True)]
+    # So may what is small beside the whole gradient.
     overall = max(np.linalg.norm(_finite(g * s)) for g, s in zip(custom, scales, strict=True))
-    floor = max(overall / 256, size * 2.0**-20)
     found: list[list[Verdict]] = [[] for _ in arguments]
-    slopes = [np.full(x.shape, np.nan) for x in arguments]
+    truths = [np.full(g.shape, np.nan, g.dtype) for g in custom]
     steps = list(_STEPS[precise])
     for position, group in enumerate(groups):
         # The groups that come have a first try each.
-        tries = 3 if budget is None else (budget - used) // 4 - max(once - position - 1, 0)
+        tries = len(steps) if alone else (_EVALUATIONS - used) // 4 - max(once - position - 1, 0)
         if tries < 1:
             break
         direction = [np.zeros(x.shape) for x in arguments]
@@ -113,19 +116,21 @@ def judge(
             sum(np.sum(np.real(g[i][mask] * direction[i][mask])) for i, mask in group.items())
             for g in (custom, reference)
         ]
-        scale = max(
-            np.linalg.norm([np.linalg.norm(_finite(custom[i] * direction[i])) for i in group]), floor
-        )
-        slope = _slope(along, size, scale, 2.0**-52 if precise else 2.0**-23, steps[:tries])
-        steps.sort(key=lambda step: step != slope.step)
-        verdict = slope.judge(gradients, scale, digits)
+        by_own_size = alone and precise and all(moves[i][mask].all() for i, mask in group.items())
+        floor = least if by_own_size else overall / (256 if precise else 16)
+        norm = np.linalg.norm([np.linalg.norm(_finite(custom[i] * direction[i])) for i in group])
+        scale = max(norm, floor, least)
+        slope, verdict = _slope(along, size, scale, eps, steps[:tries], gradients, digits)
         if verdict == "unknown" and position >= once:
             continue
+        steps.sort(key=lambda step: step != slope.step)
         for i, mask in group.items():
             found[i].append(verdict)
-            if budget is None and verdict != "unknown" and not np.iscomplexobj(arguments[i]):
-                slopes[i][mask] = slope.value / direction[i][mask]
-    return [_gravest(verdicts) for verdicts in found], slopes, used
+            if verdict in ("custom", "kink"):
+                truths[i][mask] = custom[i][mask]
+            elif alone and verdict in ("reference", "neither") and not np.iscomplexobj(custom[i]):
+                truths[i][mask] = slope.value / direction[i][mask]
+    return [_gravest(verdicts) for verdicts in found], truths, used
 
 
 class _Slope(NamedTuple):
@@ -146,8 +151,8 @@ class _Slope(NamedTuple):
         return "reference" if others else "neither"
 
 
-def _slope(along, size, scale, eps, steps) -> _Slope:
-    """A derivative, by one step after the other until it is good.
+def _slope(along, size, scale, eps, steps, gradients, digits) -> tuple[_Slope, Verdict]:
+    """A derivative and what it says, by one step after the other until it confirms the custom one.
 
     Two steps h and h/2 give (4 D(h/2) − D(h)) / 3, and the difference of the two bounds its error. So
     does what rounding leaves. The second difference over h vanishes with h, but for a kink at h = 0.
@@ -161,17 +166,17 @@ def _slope(along, size, scale, eps, steps) -> _Slope:
         if jump > max(abs(half_bend) / 2, 8 * noise, good):
             sides = _Slope(fine, max(error, 2 * abs(half_bend - bend)), abs(half_bend), step)
             tried = sides if sides.error <= good else tried
+        if tried.judge(gradients, scale, digits) in ("custom", "both", "kink"):
+            return tried, tried.judge(gradients, scale, digits)
         best = min(best, tried, key=lambda slope: slope.error)
-        if best.error <= good:
-            break
-    return best
+    return best, best.judge(gradients, scale, digits)
 
 
-def _scales(x: np.ndarray) -> np.ndarray:
-    """How far each entry may go: by its own size, but not by nothing."""
-    size = np.abs(x)
-    usual = math.sqrt(float(np.mean(np.square(size)))) if size.size else 0.0
-    return np.maximum(size, usual / 16) if usual > 0 else np.ones_like(size)
+def _scales(x: Any, by_size: Any) -> np.ndarray:
+    """How far each entry may go: by its own size, or by what is usual. What is infinite stays so."""
+    size = np.abs(np.where(np.isfinite(x), x, 0))
+    usual = np.median(size[size > 0]) if np.any(size > 0) else 1.0
+    return np.asarray(np.where(by_size & (size > 0), size, np.maximum(size, usual)))
 
 
 def _direction(difference, scales, mask, generator) -> np.ndarray:

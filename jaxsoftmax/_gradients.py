@@ -15,8 +15,8 @@ from jax.core import Tracer
 from jax.extend import core as jax_core
 from jaxtyping import PRNGKeyArray
 
-from ._differences import Contradiction, Verdict, judge
-from ._rules import Removal, Rule, is_array, refuse_uncallable
+from ._differences import ENTRIES, Contradiction, Verdict, judge
+from ._rules import Removal, Rule, coarsest, is_array, refuse_uncallable
 
 try:
     from tqdm import tqdm
@@ -365,6 +365,7 @@ class _Program:
 
     def __init__(self, closed, paths):
         self._closed, self._paths = closed, paths
+        self.eps = coarsest(closed)
         kept = [i for i, out in enumerate(closed.out_avals) if jnp.issubdtype(out.dtype, jnp.inexact)]
         self.outputs = [closed.out_avals[i] for i in kept]
         self.paths = [paths[i] for i in kept]
@@ -516,20 +517,23 @@ def _judged(task, function, own, cotangents, custom, results, everywhere, notes)
     ]
     if not any(mask.any() for mask in disputed):
         return results
-    floats, program, precise = task.wide_floats, own, task.precision == "float64"
+    # Plain autodiff that is wrong somewhere may be so elsewhere, where the rule says the same.
+    whole = [mask | mask.any() for mask in disputed]
+    disputed = whole if sum(mask.sum() for mask in whole) <= ENTRIES else disputed
+    floats, program, wide = task.floats, own, nullcontext
     gradients = [custom[i].result for i in at]
     # A function that iterates to a tolerance follows its ideal derivative no better.
     digits = max(2.0**-9, *(2 * float(jnp.finfo(x.dtype).eps) for x in task.floats))
     if not task.is_wide:
         with task.wide():
-            program, why = _attempt(task.trace, function, floats)
-            if program is None:
-                floats, program, precise = task.floats, own, False
+            exact, why = _attempt(task.trace, function, task.wide_floats)
+            if exact is None:
                 notes.append(f"differences are in the arguments' own precision: {why}")
             else:
-                exact, _ = _attempt(program.results, floats, cotangents)
-                if exact is not None:
-                    gradients, digits = [exact[i] for i in at], 2.0**-9
+                floats, program, wide = task.wide_floats, exact, task.wide
+                by_exact, _ = _attempt(program.results, floats, cotangents)
+                if by_exact is not None:
+                    gradients, digits = [by_exact[i] for i in at], 2.0**-9
 
     def evaluate(arrays):
         moved = [
@@ -538,28 +542,20 @@ def _judged(task, function, own, cotangents, custom, results, everywhere, notes)
         ]
         return program.forward_values(moved)
 
-    with task.wide() if precise else nullcontext():
-        verdicts, slopes, used = judge(
-            evaluate,
-            [_numpy(x) for x in floats],
-            [_numpy(c) for c in cotangents],
-            Contradiction(gradients, [results[i].truth for i in at], disputed, digits),
-            precise,
+    contradiction = Contradiction(gradients, [results[i].truth for i in at], disputed, digits)
+    with wide():
+        verdicts, truths, used = judge(
+            evaluate, list(map(_numpy, floats)), list(map(_numpy, cotangents)), contradiction, program.eps
         )
     notes.append(f"differences: {used} evaluations")
     judged = list(results)
-    for i, gradient, mask, verdict, slope in zip(at, gradients, disputed, verdicts, slopes, strict=True):
-        known = {
-            "custom": gradient,
-            "kink": gradient,
-            "unknown": np.nan if everywhere else results[i].truth,
-        }
-        truth = np.where(
-            mask,
-            known.get(verdict or "", np.where(np.isfinite(slope), slope, results[i].truth)),
-            results[i].truth,
+    for i, mask, verdict, truth in zip(at, disputed, verdicts, truths, strict=True):
+        before = results[i].truth
+        if everywhere and verdict != "both":
+            before = np.where(mask, np.nan, before)
+        judged[i] = results[i]._replace(
+            truth=np.where(mask & np.isfinite(truth), truth, before), differences=verdict
         )
-        judged[i] = results[i]._replace(truth=truth, differences=verdict)
     return judged
 
 

@@ -71,8 +71,8 @@ class Rule(NamedTuple):
     """A custom rule that was found, and whether it was compared.
 
     Attributes:
-        kind: The JAX function that makes such a rule: "custom_vjp", "custom_jvp", "linear_call" or
-            "custom_linear_solve".
+        kind: The JAX function that makes such a rule: "custom_vjp", "custom_jvp", "linear_call",
+            "custom_linear_solve" or "custom_root".
         name: The name of the function that the rule belongs to.
         calls: How many calls of it there are; one in a loop counts once.
         compared: Whether it was removed from the reference, so that the two were compared.
@@ -147,6 +147,8 @@ class Removal:
             return equation.replace(primitive=closed_call_p, params={"call_jaxpr": self.of(body)})
         if name == "custom_linear_solve" and self._jvp:
             return self._solve(equation)
+        if name == "call_hi_primitive" and type(params["_prim"]).__name__ == "CustomRoot":
+            return self._root(equation, params["_prim"].solve_jaxpr)
         if name not in _HOLDERS:
             inside = Removal(self._jvp)
             inside.of(tuple(params.values()))
@@ -173,6 +175,17 @@ class Removal:
             invars=[*constants, *equation.invars[sum(lengths) :]],
         )
 
+    def _root(self, equation: Any, solve: Any) -> Any:
+        """A root by its algorithm alone, from JAX 0.12 on; before, it is a `custom_jvp`."""
+        self._count("custom_root", _name(solve), self._jvp)
+        if not self._jvp:
+            return equation
+        return equation.replace(
+            primitive=closed_call_p,
+            params={"call_jaxpr": self.of(solve.replace(consts=[]))},
+            invars=equation.invars[: len(solve.invars)],
+        )
+
     def _count(self, primitive: str, name: str, removed: bool) -> None:
         kind = primitive.replace("vjp_call", "vjp").replace("jvp_call", "jvp")
         self.rules[kind, name, removed] += 1
@@ -190,6 +203,22 @@ def _is_of_a_rule(equation: Any) -> bool:
         frame.file_name.endswith("custom_derivatives.py") and "__call__" in frame.function_name
         for frame in frames
     )
+
+
+def coarsest(jaxpr: Any) -> float:
+    """The eps of the narrowest floating-point numbers that a program computes with."""
+    eps = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        for value in equation.outvars:
+            if jnp.issubdtype(getattr(value.aval, "dtype", bool), jnp.inexact):
+                eps = max(eps, float(jnp.finfo(value.aval.dtype).eps))
+        for part in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_program):
+            eps = max(eps, coarsest(part) if _is_program(part) else 0.0)
+    return eps
+
+
+def _is_program(part: Any) -> bool:
+    return isinstance(part, jax_core.Jaxpr | jax_core.ClosedJaxpr)
 
 
 class _RuleWithoutRules:
