@@ -279,7 +279,8 @@ def test_a_gradient_that_is_truly_0_may_be_rounding(key):
         return js.softmax(x + bias.sum())
 
     x = jax.random.normal(key, (64, 10))
-    js.compare_gradients(normalised, x, jnp.ones(3)).assert_close()
+    for precision in ("float64", "float32"):
+        js.compare_gradients(normalised, x, jnp.ones(3), precision=precision).assert_close()
 
     @jax.custom_vjp
     def function(x, bias):
@@ -315,7 +316,7 @@ def test_float32_for_what_cannot_run_in_float64(key):
         return jnp.where(jax.random.normal(key, x.shape) > 0, js.softmax(x) * x, 0)
 
     x = jnp.linspace(1, 2, 64)
-    with pytest.raises(AssertionError, match="gradient of x"):
+    with pytest.raises(AssertionError, match=r"gradient of x(?s:.*)\nrandom .*: try precision='float32'"):
         js.compare_gradients(dropped, x).assert_close()
     js.compare_gradients(dropped, x, precision="float32").assert_close()
     with pytest.raises(ValueError, match="'float64' or 'float32', got 'float16'"):
