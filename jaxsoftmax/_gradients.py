@@ -649,15 +649,16 @@ def _is_linear(custom, limit) -> bool:
     if custom.twice is None:
         return True
     about, once = jnp.finfo(custom.dtype), custom.result
+    slack = _usual(custom.dtype) * float(about.eps)
     off = np.where(np.abs(2 * once) > float(about.max), 0, _distance(custom.twice, -2 * once))
-    if np.any(off > 2 * float(about.eps) * max(2 * _largest(once), float(about.tiny))):
+    # Mostly to the last bit, but not where the rule goes on until something is small.
+    if np.any(off > slack * max(2 * _largest(once), float(about.tiny))):
         return False
     if not custom.parts:
         return True
     largest = max(map(_largest, [once, *custom.parts]))
     noise = limit.off * limit.ulp if math.isfinite(limit.off) else 0.0
-    slack = max(4 * _usual(custom.dtype) * float(about.eps) * largest, 8 * noise)
-    return not np.any(_distance(sum(custom.parts), once) > slack)
+    return not np.any(_distance(sum(custom.parts), once) > max(4 * slack * largest, 8 * noise))
 
 
 def _unseen(removal: Removal) -> list[str]:

@@ -144,7 +144,7 @@ class Removal:
             body = params[self._bodies[name]]
             if name != "custom_vmap_call":
                 self._count(name, _name(body), True)
-            return equation.replace(primitive=closed_call_p, params={"call_jaxpr": self.of(body)})
+            return self._call(equation, body, equation.invars)
         if name == "custom_linear_solve" and self._jvp:
             return self._solve(equation)
         if name == "call_hi_primitive" and type(params["_prim"]).__name__ == "CustomRoot":
@@ -169,22 +169,22 @@ class Removal:
         self._count("custom_linear_solve", _name(jaxprs.solve), True)
         start = lengths.matvec + lengths.vecmat
         constants = equation.invars[start : start + lengths.solve]
-        return equation.replace(
-            primitive=closed_call_p,
-            params={"call_jaxpr": self.of(jaxprs.solve)},
-            invars=[*constants, *equation.invars[sum(lengths) :]],
-        )
+        return self._call(equation, jaxprs.solve, [*constants, *equation.invars[sum(lengths) :]])
 
     def _root(self, equation: Any, solve: Any) -> Any:
         """A root by its algorithm alone, from JAX 0.12 on; before, it is a `custom_jvp`."""
         self._count("custom_root", _name(solve), self._jvp)
         if not self._jvp:
             return equation
-        return equation.replace(
-            primitive=closed_call_p,
-            params={"call_jaxpr": self.of(solve.replace(consts=[]))},
-            invars=equation.invars[: len(solve.invars)],
-        )
+        return self._call(equation, solve.replace(consts=[]), equation.invars[: len(solve.invars)])
+
+    def _call(self, equation: Any, body: Any, inputs: list[Any]) -> Any:
+        """A plain call of a body in an equation's place."""
+        inner = getattr(body, "jaxpr", body)
+        # Arguments that have a default are inputs without a name, which JAX refuses in a call.
+        nameless = inner.replace(debug_info=inner.debug_info._replace(arg_names=None, result_paths=None))
+        body = self.of(nameless if inner is body else body.replace(jaxpr=nameless))
+        return equation.replace(primitive=closed_call_p, params={"call_jaxpr": body}, invars=inputs)
 
     def _count(self, primitive: str, name: str, removed: bool) -> None:
         kind = primitive.replace("vjp_call", "vjp").replace("jvp_call", "jvp")

@@ -103,6 +103,16 @@ def test_forward_rules_are_compared_if_asked():
         ("custom_vjp", "function", 1, True),
     ]  # fmt: skip
     assert [row.is_right() for row in comparison.rows] == [True, False]
+    js.compare_gradients(multiplied, X, jvp=True).assert_close()
+
+
+@jax.custom_jvp
+def multiplied(x, factor=2.0):
+    """A rule with an argument that JAX has no name for."""
+    return x * factor
+
+
+multiplied.defjvp(lambda primals, tangents: (multiplied(*primals), tangents[0] * primals[1]))
 
 
 def test_nothing_is_judged_by_what_is_not_finite():
