@@ -152,7 +152,7 @@ class _Slope(NamedTuple):
 
 
 def _slope(along, size, scale, eps, steps, gradients, digits) -> tuple[_Slope, Verdict]:
-    """A derivative and what it says, by one step after the other until it confirms the custom one.
+    """A derivative and what it says, by one step after the other until it confirms one of the gradients.
 
     Two steps h and h/2 give (4 D(h/2) − D(h)) / 3, and the difference of the two bounds its error. So
     does what rounding leaves. The second difference over h vanishes with h, but for a kink at h = 0.
@@ -166,8 +166,9 @@ def _slope(along, size, scale, eps, steps, gradients, digits) -> tuple[_Slope, V
         if jump > max(abs(half_bend) / 2, 8 * noise, good):
             sides = _Slope(fine, max(error, 2 * abs(half_bend - bend)), abs(half_bend), step)
             tried = sides if sides.error <= good else tried
-        if tried.judge(gradients, scale, digits) in ("custom", "both", "kink"):
-            return tried, tried.judge(gradients, scale, digits)
+        verdict = tried.judge(gradients, scale, digits)
+        if verdict not in ("neither", "unknown"):
+            return tried, verdict
         best = min(best, tried, key=lambda slope: slope.error)
     return best, best.judge(gradients, scale, digits)
 

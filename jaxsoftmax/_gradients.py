@@ -62,8 +62,10 @@ class GradientRow(NamedTuple):
         if not self.linear:
             return "wrong: not linear in the cotangent"
         if self.differences in ("neither", "reference"):
-            others = math.isnan(abs(self.reference)) or self.unknown
-            return "wrong by differences" if others else f"wrong: differences agree with {self._third()}"
+            if math.isnan(abs(self.reference)) or self.unknown:
+                return "wrong by differences"
+            other = "the reference" if self.differences == "reference" else "neither"
+            return f"wrong: differences agree with {other}"
         if self.unknown:
             many = f"{self.unknown} of {math.prod(self.shape)}"
             why = "differences are too rough" if self.differences else "not finite"
@@ -75,9 +77,6 @@ class GradientRow(NamedTuple):
         return "right" + {"custom": " by differences", "kink": " at a kink"}.get(
             self.differences or "", ""
         )
-
-    def _third(self) -> str:
-        return "the reference" if self.differences == "reference" else "neither"
 
     def is_right(self, ulps: float | int | None = None) -> bool:
         """Whether the verdict is right."""
@@ -446,7 +445,9 @@ class _Result(NamedTuple):
 def _plain_results(task, function, plain, jvp, cotangents, notes) -> list[Any]:
     """Results of the function without its rules, as far as plain automatic differentiation goes."""
     again = task.retrace(function, jvp)
-    narrow, wide, why = _both(task, plain, again, cotangents)
+    narrow, why = _attempt(plain.results, task.floats, cotangents)
+    wide, why_wide = _wide_results(task, again, cotangents, narrow)
+    why = why or why_wide
     if narrow is None and wide is None:
         notes.append(f"plain autodiff cannot run, so differences judge: {why}")
         values = _said("function cannot run without its rules", plain.values, task.floats)
@@ -463,10 +464,11 @@ def _reference_results(task, function, reference, plain, jvp, cotangents, notes)
     """Results of a reference that was given, with the digits that plain autodiff alone has."""
     other = _said("reference cannot be traced", task.trace, reference)
     _refuse_other_shapes("reference", other.outputs, plain.outputs)
-    _said("reference cannot be differentiated", other.results, task.floats, cotangents)
-    narrow, wide, why = _both(task, other, partial(task.trace, reference), cotangents)
+    narrow = _said("reference cannot be differentiated", other.results, task.floats, cotangents)
+    wide, why = _wide_results(task, partial(task.trace, reference), cotangents, narrow)
     results = _beside(task, other, cotangents, narrow, wide, why, notes)
-    own_narrow, own_wide, _ = _both(task, plain, task.retrace(function, jvp), cotangents)
+    own_narrow, _ = _attempt(plain.results, task.floats, cotangents)
+    own_wide, _ = _wide_results(task, task.retrace(function, jvp), cotangents, own_narrow)
     if wide is None or own_narrow is None or own_wide is None:
         return results
     noise = 32 * float(np.finfo(task.precision).eps) * max(1, *map(_largest, map(_numpy, cotangents)))
@@ -477,14 +479,12 @@ def _reference_results(task, function, reference, plain, jvp, cotangents, notes)
     ]
 
 
-def _both(task, program, trace, cotangents) -> tuple[Any, Any, str]:
-    """A program's results, the same in float64, and why one of them is missing."""
-    narrow, why = _attempt(program.results, task.floats, cotangents)
+def _wide_results(task, trace, cotangents, narrow) -> tuple[Any, str]:
+    """A program's results in float64, or why there are none."""
     if task.is_wide:
-        return narrow, narrow, why
+        return narrow, ""
     with task.wide():
-        wide, why_wide = _attempt(lambda: trace(task.wide_floats).results(task.wide_floats, cotangents))
-    return narrow, wide, why or why_wide
+        return _attempt(lambda: trace(task.wide_floats).results(task.wide_floats, cotangents))
 
 
 def _beside(task, program, cotangents, narrow, wide, why, notes) -> list[Any]:
