@@ -4,6 +4,7 @@ Every case is a `jax.custom_vjp`, `jax.custom_jvp` or `jax.lax.custom_linear_sol
 has, on small float32 arguments. The verdict is the worst of its rows. A case may tell why its rule is
 meant to differ from the derivative of what it computes. Packages that are not installed are skipped.
 """
+# pyright: reportMissingImports=false
 
 import argparse
 import functools
