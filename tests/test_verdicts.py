@@ -121,6 +121,9 @@ def test_nothing_is_judged_by_what_is_not_finite():
     assert [row.verdict() for row in comparison.rows] == [
         "not judged: 1 of 2, not finite", "not judged: 1 of 2, differences are too rough"
     ]  # fmt: skip
+    js.compare_gradients(
+        ruled(lambda c: c, jnp.exp, jnp.exp), jnp.array([1.0, jnp.inf])
+    )  # Warns of nothing.
     with pytest.raises(AssertionError, match="not judged: value of output, gradient of x:\n"):
         comparison.assert_close()
     assert "inf ulp" not in str(comparison)
@@ -243,7 +246,7 @@ def test_what_prevents_a_comparison_is_a_sentence():
             transform(lambda x: js.compare_gradients(right, x).rows[0].norm)(
                 jnp.ones(3) if transform is jax.vmap else 1.0
             )
-    with pytest.raises(TypeError, match="reference must be a function"):
+    with pytest.raises(TypeError, match="'differences' or None, got 'difference'"):
         unchecked(js.compare_gradients)(right, X, reference="difference")
 
 
@@ -266,3 +269,9 @@ def test_pytest_shows_the_table_alone():
     assert "array(" not in shown
     assert len(shown.splitlines()) < 25
     assert len(repr(comparison)) < 200
+
+
+def test_a_rule_that_rounds_its_cotangent_is_found():
+    rounding = ruled(lambda c: c.astype(jnp.bfloat16).astype(c.dtype))
+    with pytest.raises(AssertionError, match="wrong in gradient of x"):
+        js.compare_gradients(rounding, X).assert_close()
