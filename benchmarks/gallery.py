@@ -562,35 +562,14 @@ def of_tfp() -> Iterator[Case]:
         f"{none} parameters",
     )
     yield Case("distributions.von_mises_cdf", von_mises.von_mises_cdf, (SIGNED, POSITIVE))
-    samples = tfp.distributions
-    yield Case(
-        "distributions.VonMises.sample",
-        lambda c: samples.VonMises(0.0, c).sample(seed=KEY),
-        (POSITIVE,),
-        IMPLICIT,
-        DRAWN,
-    )
-    yield Case(
-        "distributions.Gamma.sample",
-        lambda a, b: samples.Gamma(a, b).sample(seed=KEY),
-        (POSITIVE, LARGER),
-        IMPLICIT,
-        DRAWN,
-    )
-    yield Case(
-        "distributions.InverseGaussian.sample",
-        lambda a, b: samples.InverseGaussian(a, b).sample(seed=KEY),
-        (POSITIVE, LARGER),
-        IMPLICIT,
-        DRAWN,
-    )
-    yield Case(
-        "distributions.TwoPieceNormal.sample",
-        lambda s: samples.TwoPieceNormal(0.0, 1.0, s).sample(seed=KEY),
-        (POSITIVE,),
-        IMPLICIT,
-        DRAWN,
-    )
+    laws = tfp.distributions
+    for name, draw, args in (
+        ("VonMises", lambda c: laws.VonMises(0.0, c).sample(seed=KEY), (POSITIVE,)),
+        ("Gamma", lambda a, b: laws.Gamma(a, b).sample(seed=KEY), (POSITIVE, LARGER)),
+        ("InverseGaussian", lambda a, b: laws.InverseGaussian(a, b).sample(seed=KEY), (POSITIVE, LARGER)),
+        ("TwoPieceNormal", lambda s: laws.TwoPieceNormal(0.0, 1.0, s).sample(seed=KEY), (POSITIVE,)),
+    ):
+        yield Case(f"distributions.{name}.sample", draw, args, IMPLICIT, DRAWN)
 
 
 def _tfp_decay(math):

@@ -38,6 +38,7 @@ class Contradiction(NamedTuple):
     digits: float
 
 
+@np.errstate(all="ignore")  # What is not finite is not judged.
 def judge(
     evaluate: Callable[[list[np.ndarray]], Arrays],
     arguments: Arrays,
@@ -86,8 +87,7 @@ def judge(
     size = sum(_finite(np.abs(y)).sum() for y in centre)
     # What is small beside the value may be rounding. An entry whose own size moves more goes by it.
     least = size * (2.0**-28 if precise else 2.0**-20)
-    with np.errstate(invalid="ignore"):
-        moves = [np.abs(np.nan_to_num(g * x)) > least for x, g in zip(arguments, custom, strict=True)]
+    moves = [np.abs(np.nan_to_num(g * x)) > least for x, g in zip(arguments, custom, strict=True)]
     scales = [_scales(x, own) for x, own in zip(arguments, moves, strict=True)]
     # So may what is small beside the whole gradient.
     overall = max(np.linalg.norm(_finite(g * s)) for g, s in zip(custom, scales, strict=True))
@@ -186,9 +186,8 @@ def _direction(difference, scales, mask, generator) -> np.ndarray:
     if np.iscomplexobj(difference):
         signs = (signs + 1j * generator.choice([-1.0, 1.0], mask.shape)) / math.sqrt(2)
     size = np.abs(difference)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        known = np.isfinite(difference) & (size > 0)
-        signs = np.where(known, np.conj(difference) / np.where(known, size, 1), signs)
+    known = np.isfinite(difference) & (size > 0)
+    signs = np.where(known, np.conj(difference) / np.where(known, size, 1), signs)
     return np.where(mask, signs * scales, 0)
 
 

@@ -16,7 +16,7 @@ from jax.extend import core as jax_core
 from jaxtyping import PRNGKeyArray
 
 from ._differences import ENTRIES, Contradiction, Verdict, judge
-from ._rules import Removal, Rule, coarsest, is_array, refuse_uncallable
+from ._rules import Removal, Rule, coarsest, filled, is_array, refuse_uncallable
 
 try:
     from tqdm import tqdm
@@ -350,10 +350,8 @@ class _Task:
         paths = []
 
         def outputs(floats):
-            filled = list(self._leaves)
-            for i, leaf in zip(self._at, floats, strict=True):
-                filled[i] = leaf
-            result = function(*jax.tree.unflatten(self._tree, filled))
+            leaves = filled(self._leaves, self._at, floats)
+            result = function(*jax.tree.unflatten(self._tree, leaves))
             named = jax.tree_util.tree_leaves_with_path(result[0] if self._has_aux else result)
             paths[:] = ["output" + jax.tree_util.keystr(path) for path, _ in named]
             return [jnp.asarray(out) for _, out in named]
@@ -366,7 +364,6 @@ class _Program:
 
     def __init__(self, closed, paths):
         self._closed, self._paths = closed, paths
-        self.eps = coarsest(closed)
         kept = [i for i, out in enumerate(closed.out_avals) if jnp.issubdtype(out.dtype, jnp.inexact)]
         self.outputs = [closed.out_avals[i] for i in kept]
         self.paths = [paths[i] for i in kept]
@@ -387,6 +384,10 @@ class _Program:
 
         self._values, self._run = jax.jit(values), jax.jit(run)
         self._forward = jax.jit(lambda constants, x: jax.vjp(partial(values, constants), x)[0])
+
+    def eps(self) -> float:
+        """That of the narrowest numbers inside."""
+        return coarsest(self._closed)
 
     def without_rules(self, removal: Removal) -> "_Program":
         """The same without custom rules, which `removal` counts."""
@@ -545,9 +546,13 @@ def _judged(task, function, own, cotangents, custom, results, everywhere, notes)
         return program.forward_values(moved)
 
     contradiction = Contradiction(gradients, [results[i].truth for i in at], disputed, digits)
-    with wide(), np.errstate(all="ignore"):
+    with wide():
         verdicts, truths, used = judge(
-            evaluate, list(map(_numpy, floats)), list(map(_numpy, cotangents)), contradiction, program.eps
+            evaluate,
+            list(map(_numpy, floats)),
+            list(map(_numpy, cotangents)),
+            contradiction,
+            program.eps(),
         )
     notes.append(f"differences: {used} evaluations")
     judged = list(results)
@@ -736,7 +741,6 @@ def _cotangents(outputs: list[Any], key: PRNGKeyArray) -> list[Any]:
     """A random cotangent for each output, with all the digits of its dtype; 1 for a single scalar."""
     if [output.shape for output in outputs] == [()]:
         return [jnp.ones((), outputs[0].dtype)]
-
     keys = jax.random.split(key, len(outputs))
     return [
         jax.random.normal(each, out.shape, out.dtype) for each, out in zip(keys, outputs, strict=True)

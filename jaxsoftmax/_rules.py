@@ -53,10 +53,7 @@ def without_custom_rules(function: Callable[..., Any], jvp: bool = False) -> Cal
         traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
         def of_arrays(arrays):
-            filled = list(leaves)
-            for i, array in zip(traced, arrays, strict=True):
-                filled[i] = array
-            new_args, new_kwargs = jax.tree.unflatten(tree, filled)
+            new_args, new_kwargs = jax.tree.unflatten(tree, filled(leaves, traced, arrays))
             return function(*new_args, **new_kwargs)
 
         arrays = [leaves[i] for i in traced]
@@ -102,8 +99,7 @@ class Removal:
     Attributes:
         rules: How often each (kind, name, whether removed) was met.
         stopped: How many `stop_gradient` there are.
-        derived: Whether a derivative was taken inside.
-        used: Whether such a derivative has used a rule, which is not there any more.
+        used: Whether a derivative inside has used a rule, which is not there any more.
         random: Whether random numbers are drawn.
         opaque: Operations left alone that hold rules.
     """
@@ -113,7 +109,7 @@ class Removal:
         self._bodies = _BODIES | _JVP_BODIES if jvp else _BODIES
         self.rules: Counter[tuple[str, str, bool]] = Counter()
         self.stopped = 0
-        self.derived = self.used = self.random = False
+        self.used = self.random = False
         self.opaque: set[str] = set()
 
     def of(self, part: Any) -> Any:
@@ -138,8 +134,7 @@ class Removal:
         self.stopped += name == "stop_gradient"
         self.random |= name == "random_bits"
         if "jvp" in str(equation.source_info.name_stack):
-            self.derived = True
-            self.used |= name not in self._bodies | _JVP_BODIES and _is_of_a_rule(equation)
+            self.used |= name not in _BODIES | _JVP_BODIES and _is_of_a_rule(equation)
         if name in self._bodies:
             body = params[self._bodies[name]]
             if name != "custom_vmap_call":
@@ -231,6 +226,14 @@ class _RuleWithoutRules:
     def call_wrapped(self, *zeros: bool) -> tuple[Any, Any, Any]:
         jaxpr, constants, out_zeros = self._rule.call_wrapped(*zeros)
         return Removal(jvp=False).of(jaxpr), constants, out_zeros
+
+
+def filled(leaves: list[Any], at: list[int], arrays: Any) -> list[Any]:
+    """The leaves, with arrays at these places."""
+    new = list(leaves)
+    for i, array in zip(at, arrays, strict=True):
+        new[i] = array
+    return new
 
 
 def is_array(leaf: Any) -> bool:
