@@ -1,9 +1,9 @@
 """The softmax output layer for JAX: logits, softmax and log-likelihood cost, exactly differentiated."""
 
+from ._comparison import GradientComparison as GradientComparison
 from ._cost import log_likelihood_cost as log_likelihood_cost
 from ._cost import quadratic_cost as quadratic_cost
 from ._cost import weight_penalty as weight_penalty
-from ._gradients import GradientComparison as GradientComparison
 from ._gradients import compare_gradients as compare_gradients
 from ._head import HeadStatistics as HeadStatistics
 from ._head import SparseLabels as SparseLabels

@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 # Whose gradient differences confirm: the custom one, the reference's, both or neither; at a kink the
-# custom one, as any between the slopes of both sides; or they cannot tell.
-Verdict = Literal["custom", "reference", "both", "neither", "kink", "unknown"]
+# custom one, as any between the slopes of both sides; or they cannot tell, for a value that is not finite
+# or for what rounding leaves.
+Verdict = Literal["custom", "reference", "both", "neither", "kink", "no value", "unknown"]
 
 # Up to so many entries are judged one by one. Of more, up to three groups of arrays are, each along one
 # direction, in so many evaluations in all.
@@ -45,11 +46,12 @@ def judge(
     cotangents: Arrays,
     contradiction: Contradiction,
     eps: float,
-) -> tuple[list[Verdict | None], list[np.ndarray], int]:
+) -> tuple[list[Verdict | None], list[np.ndarray], list[Any], int]:
     """Which gradients the differences of a function agree with, by argument.
 
-    With them come the true gradients as far as they are known, NaN elsewhere, and how often the function
-    was evaluated.
+    With them come the true gradients as far as they are known, NaN elsewhere; where a direction alone is
+    known, the slopes along it by custom, reference and differences; and how often the function was
+    evaluated.
 
     For a direction v, ⟨c, f(x + hv) − f(x − hv)⟩ / 2h is held against ⟨gradient, v⟩.
 
@@ -75,43 +77,23 @@ def judge(
     if not alone:
         # A direction that is nearly across the gradient shows little: one or two have others besides.
         groups *= 4 // once
-    used = 0
+    found: list[list[Verdict]] = [[] for _ in arguments]
+    truths = [np.full(g.shape, np.nan, g.dtype) for g in custom]
+    slopes: list[Any] = [None] * len(custom)
 
-    def outputs(direction, step):
-        nonlocal used
-        used += 1
-        moved = evaluate([x + step * v for x, v in zip(arguments, direction, strict=True)])
-        return [c * y for c, y in zip(cotangents, moved, strict=True)]
-
-    centre = outputs([np.zeros(x.shape) for x in arguments], 0.0)
-    size = sum(_finite(np.abs(y)).sum() for y in centre)
+    line = _Line(evaluate, arguments, cotangents)
+    if not np.isfinite(line.size):
+        return ["no value" if mask.any() else None for mask in disputed], truths, slopes, line.used
     # What is small beside the value may be rounding. An entry whose own size moves more goes by it.
-    least = size * (2.0**-28 if precise else 2.0**-20)
+    least = line.size * (2.0**-28 if precise else 2.0**-20)
     moves = [np.abs(np.nan_to_num(g * x)) > least for x, g in zip(arguments, custom, strict=True)]
     scales = [_scales(x, own) for x, own in zip(arguments, moves, strict=True)]
     # So may what is small beside the whole gradient.
     overall = max(np.linalg.norm(_finite(g * s)) for g, s in zip(custom, scales, strict=True))
-    found: list[list[Verdict]] = [[] for _ in arguments]
-    truths = [np.full(g.shape, np.nan, g.dtype) for g in custom]
     steps = list(_STEPS[precise])
-    for position, group in enumerate(groups):
-        # The groups that come have a first try each.
-        tries = len(steps) if alone else (_EVALUATIONS - used) // 4 - max(once - position - 1, 0)
-        if tries < 1:
-            break
-        direction = [np.zeros(x.shape) for x in arguments]
-        for i, mask in group.items():
-            direction[i] = _direction(custom[i] - reference[i], scales[i], mask, generator)
 
-        def along(step, direction=direction):
-            """Central and second difference, over 2h."""
-            ahead, behind = outputs(direction, step), outputs(direction, -step)
-            slope = sum(np.sum(np.real(y - z)) for y, z in zip(ahead, behind, strict=True))
-            bend = sum(
-                np.sum(np.real((y - x) + (z - x))) for x, y, z in zip(centre, ahead, behind, strict=True)
-            )
-            return slope / (2 * step), bend / (2 * step)
-
+    def along(group, direction, tries):
+        """What both gradients say of a direction, what differences do, and who is right."""
         gradients = [
             sum(np.sum(np.real(g[i][mask] * direction[i][mask])) for i, mask in group.items())
             for g in (custom, reference)
@@ -120,7 +102,19 @@ def judge(
         floor = least if by_own_size else overall / (256 if precise else 16)
         norm = np.linalg.norm([np.linalg.norm(_finite(custom[i] * direction[i])) for i in group])
         scale = max(norm, floor, least)
-        slope, verdict = _slope(along, size, scale, eps, steps[:tries], gradients, digits)
+        slope, verdict = line.slope(direction, scale, eps, steps[:tries], gradients, digits)
+        return gradients, slope, verdict
+
+    ties: dict[int, np.ndarray] = {}
+    for position, group in enumerate(groups):
+        # The groups that come have a first try each.
+        tries = len(steps) if alone else (_EVALUATIONS - line.used) // 4 - max(once - position - 1, 0)
+        if tries < 1:
+            break
+        direction = [np.zeros(x.shape) for x in arguments]
+        for i, mask in group.items():
+            direction[i] = _direction(custom[i] - reference[i], scales[i], mask, generator)
+        gradients, slope, verdict = along(group, direction, tries)
         if verdict == "unknown" and position >= once:
             continue
         steps.sort(key=lambda step: step != slope.step)
@@ -128,9 +122,24 @@ def judge(
             found[i].append(verdict)
             if verdict in ("custom", "kink"):
                 truths[i][mask] = custom[i][mask]
-            elif alone and verdict in ("reference", "neither") and not np.iscomplexobj(custom[i]):
+            elif verdict == "both":
+                truths[i][mask] = reference[i][mask]
+            elif verdict != "unknown" and alone and not np.iscomplexobj(custom[i]):
                 truths[i][mask] = slope.value / direction[i][mask]
-    return [_gravest(verdicts) for verdicts in found], truths, used
+            elif verdict != "unknown":
+                slopes[i] = (*gradients, slope.value)
+            if verdict == "kink" and alone:
+                ties[i] = ties.get(i, False) | mask
+    if sum(mask.sum() for mask in ties.values()) > 1:
+        # What ties moves together: between the slopes of each may be outside of those of all.
+        far = np.median(np.concatenate([scales[i][mask] for i, mask in ties.items()]))
+        direction = [far * ties.get(i, np.zeros(x.shape)) for i, x in enumerate(arguments)]
+        verdict = along(ties, direction, len(steps))[-1]
+        if verdict in ("neither", "reference"):
+            for i, mask in ties.items():
+                found[i].append(verdict)
+                truths[i][mask] = reference[i][mask] if verdict == "reference" else np.nan
+    return [_gravest(verdicts) for verdicts in found], truths, slopes, line.used
 
 
 class _Slope(NamedTuple):
@@ -151,26 +160,52 @@ class _Slope(NamedTuple):
         return "reference" if others else "neither"
 
 
-def _slope(along, size, scale, eps, steps, gradients, digits) -> tuple[_Slope, Verdict]:
-    """A derivative and what it says, by one step after the other until it confirms one of the gradients.
+class _Line:
+    """A function's values ⟨c, f(x + hv)⟩ for any v and h.
 
-    Two steps h and h/2 give (4 D(h/2) − D(h)) / 3, and the difference of the two bounds its error. So
-    does what rounding leaves. The second difference over h vanishes with h, but for a kink at h = 0.
+    Attributes:
+        used: How often the function was evaluated.
+        size: How large what is summed is, at x.
     """
-    best, good = _Slope(), scale / 4096
-    for step in steps:
-        (coarse, bend), (fine, half_bend) = along(step), along(step / 2)
-        noise = 2 * eps * size / step
-        error, jump = max(abs(fine - coarse), noise), abs(2 * half_bend - bend)
-        tried = _Slope((4 * fine - coarse) / 3, max(error, jump), 0.0, step)
-        if jump > max(abs(half_bend) / 2, 8 * noise, good):
-            sides = _Slope(fine, max(error, 2 * abs(half_bend - bend)), abs(half_bend), step)
-            tried = sides if sides.error <= good else tried
-        verdict = tried.judge(gradients, scale, digits)
-        if verdict not in ("neither", "unknown"):
-            return tried, verdict
-        best = min(best, tried, key=lambda slope: slope.error)
-    return best, best.judge(gradients, scale, digits)
+
+    def __init__(self, evaluate, arguments, cotangents):
+        self._evaluate, self._arguments, self._cotangents, self.used = evaluate, arguments, cotangents, 0
+        self._centre = self._outputs([np.zeros(x.shape) for x in arguments], 0.0)
+        self.size = sum(np.abs(y).sum() for y in self._centre)
+
+    def _outputs(self, direction, step):
+        self.used += 1
+        moved = self._evaluate([x + step * v for x, v in zip(self._arguments, direction, strict=True)])
+        return [c * y for c, y in zip(self._cotangents, moved, strict=True)]
+
+    def _central(self, direction, step):
+        """Central and second difference, over 2h."""
+        ahead, behind = self._outputs(direction, step), self._outputs(direction, -step)
+        each = list(zip(self._centre, ahead, behind, strict=True))
+        slope = sum(np.sum(np.real(y - z)) for _, y, z in each)
+        bend = sum(np.sum(np.real((y - x) + (z - x))) for x, y, z in each)
+        return slope / (2 * step), bend / (2 * step)
+
+    def slope(self, direction, scale, eps, steps, gradients, digits) -> tuple[_Slope, Verdict]:
+        """A derivative and what it says, by one step after the other until it confirms a gradient.
+
+        Two steps h and h/2 give (4 D(h/2) − D(h)) / 3, and the difference of the two bounds its error. So
+        does what rounding leaves. The second difference over h vanishes with h, but for a kink at h = 0.
+        """
+        best, good = _Slope(), scale / 4096
+        for step in steps:
+            (coarse, bend), (fine, half_bend) = (self._central(direction, h) for h in (step, step / 2))
+            noise = 2 * eps * self.size / step
+            error, jump = max(abs(fine - coarse), noise), abs(2 * half_bend - bend)
+            tried = _Slope((4 * fine - coarse) / 3, max(error, jump), 0.0, step)
+            if jump > max(abs(half_bend) / 2, 8 * noise, good):
+                sides = _Slope(fine, max(error, 2 * abs(half_bend - bend)), abs(half_bend), step)
+                tried = sides if sides.error <= good else tried
+            verdict = tried.judge(gradients, scale, digits)
+            if verdict not in ("neither", "unknown"):
+                return tried, verdict
+            best = min(best, tried, key=lambda slope: slope.error)
+        return best, best.judge(gradients, scale, digits)
 
 
 def _scales(x: Any, by_size: Any) -> np.ndarray:
@@ -202,5 +237,5 @@ def _finite(array: Any) -> np.ndarray:
 
 
 def _gravest(verdicts: list[Verdict]) -> Verdict | None:
-    order: list[Verdict] = ["neither", "reference", "unknown", "both", "kink", "custom"]
+    order: list[Verdict] = ["neither", "reference", "unknown", "kink", "custom", "both"]
     return min(verdicts, key=order.index, default=None)

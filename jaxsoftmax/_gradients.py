@@ -15,170 +15,14 @@ from jax.core import Tracer
 from jax.extend import core as jax_core
 from jaxtyping import PRNGKeyArray
 
+from ._comparison import GradientComparison, GradientRow
 from ._differences import ENTRIES, Contradiction, Verdict, judge
-from ._rules import Removal, Rule, coarsest, filled, is_array, refuse_uncallable
+from ._rules import Removal, coarsest, filled, is_array, refuse_uncallable
 
 try:
     from tqdm import tqdm
 except ImportError:
     tqdm = None
-
-
-class GradientRow(NamedTuple):
-    """One output's values or one argument's gradients: the function's own beside the reference's.
-
-    Errors are largest absolute ones. `ulps` are errors in units of the last place of the leaf's largest
-    true entry, in the leaf's dtype. The truth is the reference in float64. Where that has no value or is
-    wrong itself, it is the custom gradient in float64, if differences have confirmed it.
-    """
-
-    path: str
-    kind: Literal["value", "gradient"]
-    shape: tuple[int, ...]
-    dtype: str  # The dtype that the function's result must have.
-    custom_dtype: str  # The dtype that it has.
-    norm: float  # Euclidean norm of the truth.
-    largest: float  # Largest absolute entry of the truth.
-    difference: float  # Largest absolute difference between custom and reference.
-    relative: float  # The same over `largest`.
-    ulps: float  # The same in ulps.
-    worst: tuple[int, ...]  # Where custom is furthest from the truth.
-    custom: float | complex  # The values there.
-    reference: float | complex  # NaN where there is none.
-    truth: float | complex
-    custom_ulps: float  # The custom result's own error, and the reference's.
-    reference_ulps: float
-    custom_nonfinite: int  # How many entries are NaN or infinite.
-    reference_nonfinite: int
-    unknown: int  # How many entries have no finite truth.
-    as_close: float  # Ulps up to which custom counts as close to the truth as the reference is.
-    linear: bool  # Whether the gradient is linear in the cotangent, as each gradient must be.
-    differences: Verdict | None  # Whose gradient they agree with; None: not asked.
-
-    def verdict(self, ulps: float | int | None = None) -> str:
-        """A word, and its reason: right, wrong or not judged; see `compare_gradients` for the rule."""
-        if self.custom_dtype != self.dtype:
-            return f"wrong: should be {self.dtype}"
-        if not self.linear:
-            return "wrong: not linear in the cotangent"
-        if self.differences in ("neither", "reference"):
-            if math.isnan(abs(self.reference)) or self.unknown:
-                return "wrong by differences"
-            other = "the reference" if self.differences == "reference" else "neither"
-            return f"wrong: differences agree with {other}"
-        if self.unknown:
-            many = f"{self.unknown} of {math.prod(self.shape)}"
-            why = "differences are too rough" if self.differences else "not finite"
-            return f"not judged: {many}, {why}"
-        if ulps is None:
-            ulps = 4 if jnp.finfo(self.dtype).bits < 32 else 32
-        if self.custom_ulps > max(ulps, self.as_close):
-            return "wrong"
-        return "right" + {"custom": " by differences", "kink": " at a kink"}.get(
-            self.differences or "", ""
-        )
-
-    def is_right(self, ulps: float | int | None = None) -> bool:
-        """Whether the verdict is right."""
-        return self.verdict(ulps).startswith("right")
-
-
-class GradientComparison(NamedTuple):
-    """What `compare_gradients` found: `rows` as plain data, `str()` as a table.
-
-    Attributes:
-        rows: A row of numbers for each output and each argument, with its path, shape and dtype.
-        skipped: Arguments and outputs that are no real or complex floating-point arrays.
-        rules: Each custom rule that was found, with its `kind`, its `name`, how many `calls` of it there
-            are, and whether it was `compared`.
-        notes: Sentences on what was not as usual: what could not run, what no comparison can see.
-        given: Whether a reference was given.
-        arrays: For each row its custom, reference and true arrays, all in NumPy's float64 or complex128.
-
-    Example:
-        >>> comparison = compare_gradients(jnp.tanh, jnp.array([0.5]), reference="differences")
-        >>> [row.verdict() for row in comparison.rows]
-        ['right', 'right']
-    """
-
-    rows: tuple[GradientRow, ...]
-    skipped: tuple[str, ...]
-    rules: tuple[Rule, ...]
-    notes: tuple[str, ...]
-    given: bool
-    arrays: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]
-
-    def __repr__(self) -> str:
-        """The verdicts, without the arrays."""
-        verdicts = (f"{row.kind} of {row.path}: {row.verdict()}" for row in self.rows)
-        return f"<GradientComparison: {'; '.join(verdicts)}>"
-
-    def __str__(self) -> str:
-        """The rows as a table, and what is to be said of them."""
-        header = (
-            "", "path", "shape", "dtype", "norm", "difference", "relative", "worst at", "custom",
-            "reference", "float64", "custom error", "reference error", "verdict",
-        )  # fmt: skip
-        lines = [
-            (
-                row.kind, row.path, str(row.shape), row.custom_dtype, f"{row.norm:.3g}",
-                _number(row.difference, ".1e"), _number(row.relative, ".1e"), str(row.worst),
-                _number(row.custom), _number(row.reference), _number(row.truth),
-                _error(row.custom_ulps, row.custom_nonfinite, 0),
-                _error(row.reference_ulps, row.reference_nonfinite, math.prod(row.shape)), row.verdict(),
-            )
-            for row in self.rows
-        ]  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (header, *lines)
-        ]
-        said = [f"not compared: {', '.join(self.skipped)}"] * bool(self.skipped)
-        for compared in (True, False):
-            named = [f"{r.name} ({r.kind}) × {r.calls}" for r in self.rules if r.compared == compared]
-            said += [f"rules {'' if compared else 'not '}compared: {', '.join(named)}"] * bool(named)
-        return "\n".join([*table, *said, *self.notes])
-
-    def assert_close(self, ulps: float | int | None = None) -> None:
-        """Does nothing if every custom value and gradient is right, and something was compared.
-
-        Args:
-            ulps: How far from the truth is right in any case. None takes 32 for float32 and float64, 4
-                for bfloat16 and float16.
-
-        Raises:
-            AssertionError: With the table, if a custom value or gradient is wrong or could not be judged,
-                or if no rule was compared and no reference was given.
-        """
-        __tracebackhide__ = True  # Under pytest the table alone is shown.
-        found = {}
-        for row in self.rows:
-            if not row.is_right(ulps):
-                word = row.verdict(ulps).split(":")[0].removesuffix(" by differences")
-                found.setdefault(word, []).append(f"{row.kind} of {row.path}")
-        texts = {"wrong": "custom rules wrong in", "not judged": "not judged:"}
-        problems = [f"{text} {', '.join(found[word])}" for word, text in texts.items() if word in found]
-        if not self.given and not any(rule.compared for rule in self.rules):
-            problems.append("no rule was compared")
-        if problems:
-            raise AssertionError(f"{'; '.join(problems)}:\n{self}")
-
-    def plot(self, axes: Any) -> None:
-        """Draws every gradient entry's custom and reference value over its true value.
-
-        Args:
-            axes: Matplotlib axes. Rows of more than 2,000 entries are thinned out evenly.
-        """
-        for row, arrays in zip(self.rows, self.arrays, strict=True):
-            if row.kind == "gradient" and row.largest > 0:
-                step = -(-arrays[2].size // 2000) or 1
-                custom, reference, truth = (np.real(a).ravel()[::step] / row.largest for a in arrays)
-                axes.plot(truth, reference, "x", markersize=6, label=f"{row.path}, reference")
-                axes.plot(truth, custom, ".", markersize=4, label=f"{row.path}, custom")
-        axes.axline((0, 0), slope=1, color="gray", linewidth=0.8)
-        axes.set(xlabel="float64, over the largest entry", ylabel="gradient, over the same")
-        axes.legend()
 
 
 def compare_gradients(
@@ -201,10 +45,10 @@ def compare_gradients(
     all gradients (1/32 for bfloat16 and float16) and not at all if it is not finite, so that a factor
     1.01 fails (1.07 in bfloat16). A gradient that is truly 0, as of a bias in front of a normalisation,
     may so be as small as the reference's noise. A result that is the reference's to the last bit is
-    right whatever float64 says: no rule has changed it.
+    right whatever float64 says, but for overflow and NaN: no rule has changed it.
 
-    A gradient must also be linear in the cotangent c: r(−2c) = −2 r(c), and for outputs that are not one
-    scalar, r of some of c's entries and r of the others add up to r(c).
+    A gradient must also be linear in the cotangent c: r(−64c) = −64 r(c), and for outputs that are not
+    one scalar, r of some of c's entries and r of the others add up to r(c).
 
     Where plain automatic differentiation is impossible, not finite or says another thing than the rule,
     differences judge: central ones, extrapolated, in float64 where the function can, along random
@@ -214,9 +58,10 @@ def compare_gradients(
     Args:
         function: Returns any pytree of arrays; usually it uses `jax.custom_vjp`. It is run as one
             compiled program, and so is the reference.
-        *args: Its arguments, any pytrees. Gradients are taken for every real or complex floating-point
-            array, Python float and complex number among them; the rest is passed on, and its arrays are
-            named under the table, as are outputs that are integer or bool.
+        *args: Its positional arguments, any pytrees; bind others by `functools.partial`. Gradients are
+            taken for every real or complex floating-point array, Python float and complex number among
+            them; the rest is passed on, and its arrays are named under the table, as are outputs that
+            are integer or bool.
         reference: A function of the same meaning; `without_custom_rules(function)` if None. In float64
             it is the truth, but for entries below float64's rounding where it has lost its digits and
             plain autodiff of `function` has them. "differences" has differences judge every gradient.
@@ -224,8 +69,8 @@ def compare_gradients(
         has_aux: Whether `function` and `reference` return a pair whose second part is not compared.
         key: Draws the cotangents, one for each entry of each output; `jax.random.key(0)` if None. A
             function of one scalar has cotangent 1, so that its gradient is compared.
-        precision: What the truth is computed in; float32 by itself where float64 cannot run. "float32" is
-            for functions that draw random numbers, which are others in float64.
+        precision: What the truth is computed in. It is the arguments' own by itself where float64 cannot
+            run, or draws other random numbers.
         jvp: Whether `jax.custom_jvp` rules are compared too, and those of `jax.lax.custom_linear_solve`.
 
     Returns:
@@ -234,7 +79,7 @@ def compare_gradients(
 
     Raises:
         TypeError: If `function` or `reference` cannot be called, `argnums` holds another thing than
-            integers, or an argument is traced, as it is inside jit, grad and vmap.
+            integers, `key` is none, or an argument is traced, as it is inside jit, grad and vmap.
         ValueError: If there is nothing to differentiate, `argnums` is out of range, the outputs' shapes
             differ, or `precision` is another.
         RuntimeError: If a run fails. It tells which one and what may help, with JAX's error as its cause.
@@ -256,6 +101,8 @@ def compare_gradients(
         raise ValueError(f"precision must be 'float64' or 'float32', got {precision!r}")
     task = _Task(args, _argument_names(function, len(args)), argnums, has_aux, precision)
     key = jax.random.key(0) if key is None else key
+    if not is_array(key):
+        raise TypeError(f"key must be a jax.random.key or None, got {key!r}")
     removal = Removal(jvp)
     notes: list[str] = []
 
@@ -267,25 +114,36 @@ def compare_gradients(
         plain = own.without_rules(removal)
         # What the outputs must be is told by the function without its rules.
         cotangents = _cotangents(plain.outputs, key)
-        outputs, gradients = _said(
-            "function cannot be differentiated", own.run, task.floats, _draws(cotangents)
-        )
+        run = partial(_said, "function cannot be differentiated", own.run, task.floats)
+        # A power of two rounds nothing. A large one shows what clips, but may overflow.
+        factor = -64
+        outputs, gradients = run(_draws(cotangents, factor))
+        if not all(jnp.all(jnp.isfinite(each)) for each in gradients):
+            factor = -2
+            outputs, gradients = run(_draws(cotangents, factor))
         _refuse_other_shapes("function's rules", outputs, plain.outputs)
         custom = [
             _Custom("value", path, aval.dtype, x.dtype, _numpy(x))
             for path, aval, x in zip(plain.paths, plain.outputs, outputs, strict=True)
         ] + [
-            _by_draws(path, x.dtype, each.dtype, _numpy(each))
+            _by_draws(path, x.dtype, each.dtype, _numpy(each), factor)
             for path, x, each in zip(task.paths, task.floats, gradients, strict=True)
         ]
         step("reference")
         if given is None:
-            results = _plain_results(task, function, plain, jvp, cotangents, notes)
+            beside = partial(_plain_results, task, function, plain, jvp, cotangents, notes)
         else:
-            results = _reference_results(task, function, given, plain, jvp, cotangents, notes)
-        disputes = map(_disputed, custom, results, _limits(custom, results))
-        if len(gradients[0]) == 1 and any(map(np.any, disputes)):
-            # What the gradient is for 1 is said, and seen beside that for −2.
+            beside = partial(_reference_results, task, function, given, plain, jvp, cotangents, notes)
+        results = beside()
+        far = any(
+            limit.off > _usual(c.dtype) for c, limit in zip(custom, _limits(custom, results), strict=True)
+        )
+        if removal.random and not task.is_wide and far:
+            task.stay()
+            notes.append("random numbers are drawn, others in float64: compared in its own precision")
+            results = beside()
+        if len(gradients[0]) == 1 and _any_disputed(custom, results):
+            # What the gradient is for 1 is said, and seen beside that for the other.
             _, gradients = own.run(task.floats, [c[None] for c in cotangents])
             own_results = [_numpy(x) for x in outputs] + [_numpy(each[0]) for each in gradients]
             custom = [c._replace(result=x) for c, x in zip(custom, own_results, strict=True)]
@@ -293,13 +151,11 @@ def compare_gradients(
             step("differences")
             results = _judged(task, function, own, cotangents, custom, results, everywhere, notes)
     rows = tuple(map(_row, custom, results, _limits(custom, results)))
-    if removal.random and precision == "float64":
-        notes.append("random numbers are drawn, and float64 draws others: try precision='float32'")
     return GradientComparison(
         rows=rows,
         skipped=(*task.skipped, *plain.skipped),
         rules=removal.found(),
-        notes=(*(_unseen(removal) if reference is None else ()), *notes),
+        notes=tuple(dict.fromkeys([*(_unseen(removal) if reference is None else ()), *notes])),
         given=reference is not None,
         arrays=tuple((c.result, r.reference, r.truth) for c, r in zip(custom, results, strict=True)),
     )
@@ -322,7 +178,8 @@ class _Task:
         wanted = [i for i, (path, _) in enumerate(flat) if path[0].idx in chosen]
         self._at = [i for i in wanted if _is_inexact(self._leaves[i])]
         if not self._at:
-            raise ValueError("args must hold a floating-point array to differentiate in, found none")
+            where = "args" if argnums is None else f"the arguments of argnums {argnums}"
+            raise ValueError(f"{where} must hold a floating-point array to differentiate in, found none")
         self.paths = [paths[i] for i in self._at]
         self.skipped = [
             f"{paths[i]} ({self._leaves[i].dtype})"
@@ -331,6 +188,7 @@ class _Task:
         ]
         self._has_aux, self.precision = has_aux, precision
         self.floats = [jnp.asarray(self._leaves[i]) for i in self._at]
+        self.is_wide = False
         with self.wide():
             self.wide_floats = [x.astype(jnp.promote_types(x.dtype, precision)) for x in self.floats]
         self.is_wide = [x.dtype for x in self.floats] == [x.dtype for x in self.wide_floats]
@@ -338,8 +196,15 @@ class _Task:
     @contextmanager
     def wide(self) -> Iterator[None]:
         """What the truth is computed in."""
+        if self.is_wide:
+            yield
+            return
         with jax.enable_x64(self.precision == "float64"), jax.numpy_dtype_promotion("standard"):
             yield
+
+    def stay(self) -> None:
+        """Takes the arguments' own precision for the truth."""
+        self.wide_floats, self.is_wide = self.floats, True
 
     def retrace(self, function, jvp) -> Callable[..., Any]:
         """Traces the function without its rules for arrays in another dtype."""
@@ -352,7 +217,11 @@ class _Task:
         def outputs(floats):
             leaves = filled(self._leaves, self._at, floats)
             result = function(*jax.tree.unflatten(self._tree, leaves))
-            named = jax.tree_util.tree_leaves_with_path(result[0] if self._has_aux else result)
+            if self._has_aux:
+                if not isinstance(result, tuple | list) or len(result) != 2:
+                    raise TypeError(f"has_aux is for functions that return a pair, got {result}")
+                result = result[0]
+            named = jax.tree_util.tree_leaves_with_path(result)
             paths[:] = ["output" + jax.tree_util.keystr(path) for path, _ in named]
             return [jnp.asarray(out) for _, out in named]
 
@@ -425,15 +294,16 @@ class _Custom(NamedTuple):
     dtype: Any  # What it must be.
     custom_dtype: Any  # What it is.
     result: np.ndarray
-    twice: np.ndarray | None = None  # A gradient r(−2c) instead of r(c).
+    factor: int = 1
+    multiple: np.ndarray | None = None  # A gradient r(factor · c) instead of r(c).
     parts: tuple[np.ndarray, ...] = ()  # Gradients by some entries of c, and by the others.
 
 
-def _by_draws(path, dtype, custom_dtype, draws) -> _Custom:
+def _by_draws(path, dtype, custom_dtype, draws, factor) -> _Custom:
     """A gradient by the draws of `_draws`."""
-    twice, *others = draws
-    once, *parts = others or [twice / -2]
-    return _Custom("gradient", path, dtype, custom_dtype, once, twice, tuple(parts))
+    multiple, *others = draws
+    once, *parts = others or [multiple / factor]
+    return _Custom("gradient", path, dtype, custom_dtype, once, factor, multiple, tuple(parts))
 
 
 class _Result(NamedTuple):
@@ -547,7 +417,7 @@ def _judged(task, function, own, cotangents, custom, results, everywhere, notes)
 
     contradiction = Contradiction(gradients, [results[i].truth for i in at], disputed, digits)
     with wide():
-        verdicts, truths, used = judge(
+        verdicts, truths, slopes, used = judge(
             evaluate,
             list(map(_numpy, floats)),
             list(map(_numpy, cotangents)),
@@ -555,6 +425,10 @@ def _judged(task, function, own, cotangents, custom, results, everywhere, notes)
             program.eps(),
         )
     notes.append(f"differences: {used} evaluations")
+    for i, along in zip(at, slopes, strict=True):
+        if along is not None:
+            told = ", ".join(map("{} {:.7g}".format, ("custom", "reference", "differences"), along))
+            notes.append(f"gradient of {custom[i].path} along one direction: {told}")
     judged = list(results)
     for i, mask, verdict, truth in zip(at, disputed, verdicts, truths, strict=True):
         before = results[i].truth
@@ -588,7 +462,9 @@ def _limits(custom, results) -> list[Any]:
         cap = (overall if c.kind == "gradient" else largest) * (2.0**-5 if about.bits < 32 else 2.0**-8)
         off = float(np.max(np.where(np.isfinite(result.truth), result.noise, 0), initial=0))
         as_close = 2 * min(off, cap) / ulp if math.isfinite(off) else 0.0
-        same = not np.any(_distance(c.result, result.reference))
+        # Overflow and NaN where there is a number are no one's right.
+        number = np.isfinite(_off(c.result, result.truth, c.dtype)) | ~np.isfinite(result.truth)
+        same = bool(number.all()) and not np.any(_distance(c.result, result.reference))
         if result.differences in ("custom", "kink"):
             as_close = 2 * cap / ulp
         allowed = math.inf if same else max(_usual(c.dtype), as_close) * ulp
@@ -598,7 +474,19 @@ def _limits(custom, results) -> list[Any]:
 
 def _disputed(custom, result, limit) -> Any:
     """The entries that are not right by their truth."""
-    return ~np.isfinite(result.truth) | (_distance(custom.result, result.truth) > limit.allowed)
+    return ~np.isfinite(result.truth) | (_off(custom.result, result.truth, custom.dtype) > limit.allowed)
+
+
+def _any_disputed(custom, results) -> bool:
+    """Whether any entry of any result is."""
+    return any(map(np.any, map(_disputed, custom, results, _limits(custom, results))))
+
+
+def _off(x, truth, dtype) -> np.ndarray:
+    """How far each entry is from the truth. Infinity is right for what the dtype cannot hold."""
+    with np.errstate(invalid="ignore"):
+        beyond = (np.abs(truth) > float(jnp.finfo(dtype).max)) & (x == np.sign(truth) * np.inf)
+    return np.where(beyond, 0.0, _distance(x, truth))
 
 
 def _usual(dtype) -> int:
@@ -609,7 +497,9 @@ def _usual(dtype) -> int:
 def _row(custom, result, limit) -> GradientRow:
     own, reference, truth = custom.result, result.reference, result.truth
     known = np.isfinite(truth)
-    error, reference_error = (np.where(known, _distance(x, truth), 0.0) for x in (own, reference))
+    error, reference_error = (
+        np.where(known, _off(x, truth, custom.dtype), 0.0) for x in (own, reference)
+    )
     worst = np.unravel_index(np.argmax(error), error.shape) if error.size else ()
     difference = float(np.max(_distance(own, reference), initial=0))
     largest = _largest(truth)
@@ -619,7 +509,7 @@ def _row(custom, result, limit) -> GradientRow:
         shape=own.shape,
         dtype=str(custom.dtype),
         custom_dtype=str(custom.custom_dtype),
-        norm=float(np.linalg.norm(truth[known])),
+        norm=float(np.linalg.norm(truth[known])) if known.any() or not known.size else math.nan,
         largest=largest,
         difference=difference,
         relative=difference / largest if largest else (math.inf if difference else 0.0),
@@ -639,33 +529,35 @@ def _row(custom, result, limit) -> GradientRow:
     )
 
 
-def _draws(cotangents) -> list[Any]:
-    """−2c for one scalar; else −2c, c, some entries of c, and the others."""
+def _draws(cotangents, factor) -> list[Any]:
+    """A multiple of c for one scalar; else that, c, some entries of c, and the others."""
     if [c.shape for c in cotangents] == [()]:
-        return [-2 * c[None] for c in cotangents]
+        return [factor * c[None] for c in cotangents]
     draws = []
     for i, c in enumerate(cotangents):
         some = (jnp.arange(c.size).reshape(c.shape) + i) % 2 == 0
         zero = jnp.zeros_like(c)
-        draws.append(jnp.stack([-2 * c, c, jnp.where(some, c, zero), jnp.where(some, zero, c)]))
+        draws.append(jnp.stack([factor * c, c, jnp.where(some, c, zero), jnp.where(some, zero, c)]))
     return draws
 
 
 def _is_linear(custom, limit) -> bool:
     """Whether a gradient is linear in the cotangent, but for rounding and overflow."""
-    if custom.twice is None:
+    if custom.multiple is None:
         return True
-    about, once = jnp.finfo(custom.dtype), custom.result
+    about, expected = jnp.finfo(custom.dtype), custom.factor * custom.result
     slack = _usual(custom.dtype) * float(about.eps)
-    off = np.where(np.abs(2 * once) > float(about.max), 0, _distance(custom.twice, -2 * once))
+    known = np.isfinite(custom.result) & (np.abs(expected) <= float(about.max))
+    off = np.where(known, _distance(custom.multiple, expected), 0)
     # Mostly to the last bit, but not where the rule goes on until something is small.
-    if np.any(off > slack * max(2 * _largest(once), float(about.tiny))):
+    if np.any(off > slack * max(_largest(expected), float(about.tiny))):
         return False
     if not custom.parts:
         return True
-    largest = max(map(_largest, [once, *custom.parts]))
+    once, largest = custom.result, max(map(_largest, [custom.result, *custom.parts]))
     noise = limit.off * limit.ulp if math.isfinite(limit.off) else 0.0
-    return not np.any(_distance(sum(custom.parts), once) > max(4 * slack * largest, 8 * noise))
+    off = np.where(np.isfinite(once), _distance(sum(custom.parts), once), 0)
+    return not np.any(off > max(4 * slack * largest, 8 * noise))
 
 
 def _unseen(removal: Removal) -> list[str]:
@@ -687,16 +579,6 @@ def _unseen(removal: Removal) -> list[str]:
     if removal.opaque:
         notes.append(f"rules left inside {', '.join(sorted(removal.opaque))}")
     return notes
-
-
-def _number(number: float | complex, form: str = ".7g") -> str:
-    return format(number, form) if math.isfinite(abs(number)) else "-"
-
-
-def _error(ulps: float, nonfinite: int, size: int) -> str:
-    if nonfinite == size > 0 and not math.isfinite(ulps):
-        return "-"
-    return f"{ulps:.3g} ulp" + (f", {nonfinite} not finite" if nonfinite else "")
 
 
 def _numpy(x: Any) -> np.ndarray:
@@ -751,8 +633,7 @@ def _refuse_other_shapes(name: str, outputs: list[Any], expected: list[Any]) -> 
     shapes, own = ([x.shape for x in each] for each in (outputs, expected))
     if shapes != own:
         raise ValueError(
-            f"{name} must return floating-point arrays of the same shapes as function, got {shapes} "
-            f"and {own}"
+            f"{name} must return floating-point arrays of function's shapes {own}, got {shapes}"
         )
 
 
@@ -780,7 +661,9 @@ def _said(problem: str, run: Callable[..., Any], *arguments: Any) -> Any:
 
 def _brief(error: Exception) -> str:
     """An error's type and first line."""
-    first, *_ = str(error).strip().splitlines() or [""]
+    first, *others = str(error).strip().splitlines() or [""]
+    if first.endswith("Traceback (most recent call last):"):
+        first = others[-1]  # What a callback raised.
     return f"{type(error).__name__}: {first.rstrip('.')}"
 
 

@@ -98,7 +98,7 @@ class Removal:
 
     Attributes:
         rules: How often each (kind, name, whether removed) was met.
-        stopped: How many `stop_gradient` there are.
+        stopped: How many `stop_gradient` there are, but for those in what removed rules belong to.
         used: Whether a derivative inside has used a rule, which is not there any more.
         random: Whether random numbers are drawn.
         opaque: Operations left alone that hold rules.
@@ -132,7 +132,7 @@ class Removal:
     def _equation(self, equation: Any) -> Any:
         name, params = equation.primitive.name, equation.params
         self.stopped += name == "stop_gradient"
-        self.random |= name == "random_bits"
+        self.random |= name in ("random_bits", "random_gamma", "rng_uniform", "rng_bit_generator")
         if "jvp" in str(equation.source_info.name_stack):
             self.used |= name not in _BODIES | _JVP_BODIES and _is_of_a_rule(equation)
         if name in self._bodies:
@@ -178,7 +178,9 @@ class Removal:
         inner = getattr(body, "jaxpr", body)
         # Arguments that have a default are inputs without a name, which JAX refuses in a call.
         nameless = inner.replace(debug_info=inner.debug_info._replace(arg_names=None, result_paths=None))
+        stopped = self.stopped
         body = self.of(nameless if inner is body else body.replace(jaxpr=nameless))
+        self.stopped = stopped  # What is hidden in here the rule need not hide.
         return equation.replace(primitive=closed_call_p, params={"call_jaxpr": body}, invars=inputs)
 
     def _count(self, primitive: str, name: str, removed: bool) -> None:

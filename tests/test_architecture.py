@@ -13,7 +13,7 @@ import jaxsoftmax as js
 PACKAGE = Path(js.__file__).parent
 # Each module imports only from modules before it in its list; the lists know nothing of each other.
 ORDER = ["_checks", "_mesh", "_rows", "_softmax", "_cost", "_blocks", "_head", "_network", "__init__"]
-ALONE = [["_training"], ["_rules", "_differences", "_gradients"]]
+ALONE = [["_training"], ["_rules", "_differences", "_comparison", "_gradients"]]
 
 
 def imported(name):

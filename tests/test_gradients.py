@@ -316,9 +316,8 @@ def test_float32_for_what_cannot_run_in_float64(key):
         return jnp.where(jax.random.normal(key, x.shape) > 0, js.softmax(x) * x, 0)
 
     x = jnp.linspace(1, 2, 64)
-    with pytest.raises(AssertionError, match=r"gradient of x(?s:.*)\nrandom .*: try precision='float32'"):
-        js.compare_gradients(dropped, x).assert_close()
-    js.compare_gradients(dropped, x, precision="float32").assert_close()
+    for precision in ("float64", "float32"):
+        js.compare_gradients(dropped, x, precision=precision).assert_close()
     with pytest.raises(ValueError, match="'float64' or 'float32', got 'float16'"):
         unchecked(js.compare_gradients)(dropped, x, precision="float16")
 
@@ -424,7 +423,7 @@ def test_a_reference_may_be_given(key):
 
     cost = jax.jit(js.log_likelihood_cost)
     js.compare_gradients(cost, logits, labels, reference=article, key=key).assert_close(ulps=8)
-    with pytest.raises(ValueError, match=r"same shapes as function, got \[\(4, 3\)\] and"):
+    with pytest.raises(ValueError, match=r"function's shapes \[\(\)\], got \[\(4, 3\)\]"):
         js.compare_gradients(cost, logits, labels, reference=lambda logits, _: logits)
     with pytest.raises(ValueError, match="floating-point array to differentiate in, found none"):
         js.compare_gradients(cost, logits, labels, argnums=1)
