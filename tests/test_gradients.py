@@ -247,7 +247,7 @@ def test_wrong_rules_fail_and_right_ones_pass(fault, construct, rows, dtype):
         arguments = jnp.asarray(x, dtype), jnp.asarray(w, dtype)
         if fault == "wrong dtype" and construct not in ("plain", "jit", "checkpoint"):
             # Where loops and calls need their own dtypes, JAX refuses it before there is a number.
-            with pytest.raises((AssertionError, TypeError, ValueError)):
+            with pytest.raises((AssertionError, RuntimeError)):
                 js.compare_gradients(function, *arguments).assert_close()
             return
         comparison = js.compare_gradients(function, *arguments)
