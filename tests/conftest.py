@@ -16,9 +16,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import gc
+
 import hypothesis
 import jax
 import pytest
+
+# Tracing makes objects by the million, and few of them in cycles.
+gc.freeze()
+gc.set_threshold(100_000, 20, 50)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -407,25 +407,25 @@ def test_transformations():
     stacked = x.reshape(3, 4, 4), labels.reshape(3, 4)
     direction = layer(4, 9, 1, jnp.float32, seed=8)[0]
 
-    def gradients(cost, reduction):
-        def of(w, x, labels):
-            return cost(w, x, labels, reduction)
+    def scanned(w, of):
+        return jax.lax.scan(lambda total, batch: (total + of(w, *batch), None), 0.0, stacked)[0]
 
-        def scanned(w):
-            return jax.lax.scan(lambda total, batch: (total + of(w, *batch), None), 0.0, stacked)[0]
+    ways = [
+        lambda of: jax.grad(jax.checkpoint(of))(w, x, labels),
+        lambda of: jax.grad(lambda w: jax.vmap(of, (None, 0, 0))(w, *stacked).sum())(w),
+        lambda of: jax.vmap(jax.grad(of), (None, 0, 0))(w, *stacked),
+        lambda of: jax.grad(scanned)(w, of),
+        lambda of: jax.jvp(jax.grad(lambda w: of(w, x, labels)), (w,), (direction,))[1],
+        lambda of: jax.grad(lambda w: jnp.vdot(jax.grad(of)(w, x, labels), direction))(w),
+    ]
+    for reduction, some in (("mean", every(2, ways)), ("none", every(2, ways[::-1]))):
 
-        return (
-            jax.grad(jax.checkpoint(of))(w, x, labels),
-            jax.grad(lambda w: jax.vmap(of, (None, 0, 0))(w, *stacked).sum())(w),
-            jax.vmap(jax.grad(of), (None, 0, 0))(w, *stacked),
-            jax.grad(scanned)(w),
-            jax.jvp(jax.grad(lambda w: of(w, x, labels)), (w,), (direction,))[1],
-            jax.grad(lambda w: jnp.vdot(jax.grad(of)(w, x, labels), direction))(w),
+        def gradients(cost, reduction=reduction, some=some):
+            return [way(partial(cost, reduction=reduction)) for way in some]
+
+        assert_close(
+            jax.jit(partial(gradients, head))(), tuple(jax.jit(partial(gradients, plain))()), ulps=32
         )
-
-    for reduction in ("mean", "none"):
-        results = (jax.jit(partial(gradients, cost, reduction))() for cost in (head, plain))
-        assert_close(*results, ulps=32)
 
 
 @pytest.mark.parametrize("num_classes", [None, 3])

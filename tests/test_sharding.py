@@ -259,10 +259,10 @@ def test_statistics_and_formed_labels_on_a_mesh(kind):
 
         x, w, b, labels, v, u, x_t, w_t, few, shares, exists = arguments
         free = x, w, b, v, u, shares
-        both = jax.value_and_grad(total, tuple(range(6)), has_aux=True)
+        both = jax.jit(jax.value_and_grad(total, tuple(range(6)), has_aux=True))
         return both(*free, labels, x_t, w_t, few, exists)
 
-    expected = run(jax.jit(head))
+    expected = run(head)
     by_row = (
         P(d),
         js.HeadStatistics(P(d), P(d), P(d), P(d), P(d)),
@@ -271,7 +271,7 @@ def test_statistics_and_formed_labels_on_a_mesh(kind):
     on_mesh = as_called(head, kind, specs, ((P(), P(), P()), by_row))
     with jax.set_mesh(mesh):
         arguments = place_on(mesh, arguments, specs)
-        actual = run(jax.jit(on_mesh))
+        actual = run(on_mesh)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         if jnp.issubdtype(a.dtype, jnp.integer):
             np.testing.assert_array_equal(a, e)

@@ -11,6 +11,7 @@ from helpers import (
     assert_close,
     assert_norms_close,
     assert_relative,
+    every,
     random_labels,
     random_targets,
     unchecked,
@@ -172,14 +173,17 @@ ALL = {
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "options", "by_row", "block_size"),
-    [
-        ("integer", "float32", {}, None, 4),
-        ("integer", "float64", BENT, True, 4),
-        ("probabilities", "float32", BENT, False, None),
-        ("sparse", "float32", {"logit_scale": 0.5}, True, 4),
-        ("teacher", "float32", BENT, None, 4),
-        ("integer", "bfloat16", {"logit_scale": 0.5}, False, None),
-    ],
+    every(
+        2,
+        [
+            ("integer", "float64", BENT, True, 4),
+            ("integer", "float32", {}, None, 4),
+            ("probabilities", "float32", BENT, False, None),
+            ("integer", "bfloat16", {"logit_scale": 0.5}, False, None),
+            ("teacher", "float32", BENT, None, 4),
+            ("sparse", "float32", {"logit_scale": 0.5}, True, 4),
+        ],
+    ),
 )
 def test_statistics_and_their_gradients(kind, dtype, options, by_row, block_size):
     case = a_case(kind, dtype, options, by_row)
@@ -193,17 +197,20 @@ def test_statistics_and_their_gradients(kind, dtype, options, by_row, block_size
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "reduction", "options", "by_row"),
-    [
-        ("sparse", "float32", "mean", {}, None),
-        ("sparse", "float64", "none", ALL, True),
-        ("sparse", "float32", "mean", ALL, False),
-        ("teacher", "float32", "mean", BENT, None),
-        ("teacher", "float32", "mean", ALL, True),
-        ("teacher", "float64", "sum", ALL, False),
-        ("teacher", "bfloat16", "mean", BENT, None),
-        ("integer", "float32", "mean", ALL, True),
-        ("probabilities", "float64", "mean", ALL, True),
-    ],
+    every(
+        2,
+        [
+            ("sparse", "float64", "none", ALL, True),
+            ("sparse", "float32", "mean", {}, None),
+            ("teacher", "float32", "mean", ALL, True),
+            ("sparse", "float32", "mean", ALL, False),
+            ("integer", "float32", "mean", ALL, True),
+            ("teacher", "float32", "mean", BENT, None),
+            ("teacher", "bfloat16", "mean", BENT, None),
+            ("teacher", "float64", "sum", ALL, False),
+            ("probabilities", "float64", "mean", ALL, True),
+        ],
+    ),
 )
 def test_costs_of_every_kind_of_labels(kind, dtype, reduction, options, by_row):
     case = a_case(kind, dtype, options, by_row)
@@ -316,7 +323,11 @@ def test_rank_counts_larger_logits_and_equal_ones_before(block_size):
 
 @pytest.mark.parametrize(
     ("dtype", "reduction", "block_size"),
-    [("float32", "mean", 4), ("float32", "none", 4), ("float32", "sum", None), ("bfloat16", "mean", 4)],
+    [
+        ("float32", "none", 4),
+        *every(2, [("float32", "mean", 4), ("bfloat16", "mean", 4)]),
+        ("float32", "sum", None),
+    ],
 )
 def test_statistics_beside_the_cost(dtype, reduction, block_size):
     arguments, labels, *_ = a_case("integer", dtype, {}, None)
@@ -338,7 +349,7 @@ def test_statistics_beside_the_cost(dtype, reduction, block_size):
     for name in FLOATS:
         assert_close(getattr(statistics, name), getattr(alone, name), ulps=4)
     # No gradient goes through them.
-    d_x = jax.grad(lambda x: both(x, *arguments[1:])[1].entropy.sum())(arguments[0])
+    d_x = jax.jit(jax.grad(lambda x: both(x, *arguments[1:])[1].entropy.sum()))(arguments[0])
     assert not np.any(d_x)
 
 
@@ -378,7 +389,7 @@ def test_no_gradient_flows_to_a_teacher():
         return js.linear_log_likelihood_cost(x, w, b, teacher, block_size=block_size)
 
     for block_size in (None, 4):
-        gradients = jax.grad(partial(cost, block_size=block_size))(teacher)
+        gradients = jax.jit(jax.grad(partial(cost, block_size=block_size)))(teacher)
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
 
