@@ -15,10 +15,14 @@ Verdict = Literal["custom", "reference", "both", "neither", "kink", "no value", 
 # direction, in so many evaluations in all.
 ENTRIES = _EVALUATIONS = 20
 _GROUPS = 3
+_SOME = 4  # Where there are kinks, so many entries speak for all.
 
 # Steps by whether the function computes in float64, the likeliest first. One that iterates to a tolerance
 # shows nothing at shorter ones, and among many ReLUs there is always one that has its kink nearer.
 _STEPS = {True: (2.0**-12, 2.0**-24, 2.0**-5, 2.0**-32), False: (2.0**-6, 2.0**-4, 2.0**-9)}
+
+# Verdicts that the custom gradient is not what differences find.
+_WRONG = "neither", "reference"
 
 Arrays = Sequence[np.ndarray]
 
@@ -62,101 +66,212 @@ def judge(
         contradiction: The gradients, and what of them is disputed.
         eps: That of the numbers that the function computes with.
     """
-    custom, reference, disputed, digits = contradiction
-    precise = eps < 2.0**-40
-    generator = np.random.default_rng(0)
-    rows = [i for i, mask in enumerate(disputed) if mask.any()]
-    alone = sum(int(disputed[i].sum()) for i in rows) <= ENTRIES
-    if alone:
-        groups = [{i: _only(disputed[i].shape, at)} for i in rows for at in np.argwhere(disputed[i])]
+    judged = _Judge(_Line(evaluate, arguments, cotangents), arguments, contradiction, eps)
+    count = sum(int(mask.sum()) for mask in contradiction.disputed)
+    if not math.isfinite(judged.line.size):
+        judged.found = [["no value"] if mask.any() else [] for mask in contradiction.disputed]
+    elif count <= ENTRIES:
+        judged.entries()
     else:
-        groups = [
-            {i: disputed[i] for i in part} for part in np.array_split(rows, min(len(rows), _GROUPS))
+        judged.arrays()
+    return [_gravest(each) for each in judged.found], judged.truths, judged.slopes, judged.line.used
+
+
+class _Judge:
+    """Verdicts by argument, as far as they are found, and what goes with them."""
+
+    def __init__(self, line, arguments, contradiction, eps):
+        custom, self._reference, self._disputed, self._digits = contradiction
+        self.line, self._custom, self._eps, self._precise = line, custom, eps, eps < 2.0**-40
+        self._steps = list(_STEPS[self._precise])
+        self._generator = np.random.default_rng(0)
+        self.found: list[list[Verdict]] = [[] for _ in arguments]
+        self.truths = [np.full(g.shape, np.nan, g.dtype) for g in custom]
+        self.slopes: list[Any] = [None] * len(custom)
+        # What is small beside the value may be rounding. An entry whose own size moves more goes by it.
+        self._least = line.size * (2.0**-28 if self._precise else 2.0**-20)
+        self._moves = [
+            self._precise & (np.abs(np.nan_to_num(g * x)) > self._least)
+            for x, g in zip(arguments, custom, strict=True)
         ]
-    once = len(groups)
-    if not alone:
+        self._scales = [_scales(x, own) for x, own in zip(arguments, self._moves, strict=True)]
+        # So may what is small beside the whole gradient.
+        self._norms = [
+            float(np.linalg.norm(_finite(g * s))) for g, s in zip(custom, self._scales, strict=True)
+        ]
+
+    def entries(self) -> None:
+        """One entry after the other, a complex one in two directions; then all that are at kinks."""
+        kinks = []
+        for i, mask in enumerate(self._disputed):
+            is_complex = np.iscomplexobj(self._custom[i])
+            for at in map(tuple, np.argwhere(mask)):
+                group = {i: _only(mask.shape, at)}
+                first = self._direction(i, group[i])
+                for direction in (first, 1j * first) if is_complex else (first,):
+                    _, slope, verdict = self._along(group, {i: direction}, self._steps, alone=True)
+                    self._steps.sort(key=lambda step, best=slope.step: step != best)
+                    unit = np.nan if is_complex else direction[at]
+                    self._tell(group, verdict, None, float(slope.value / unit))
+                    if verdict == "kink" and not is_complex:
+                        kinks.append((i, at, unit, slope))
+        if len(kinks) > 1:
+            self._together(kinks)
+
+    def _together(self, kinks: list[Any]) -> None:
+        """Entries at kinks all at once. Where they tie, what each may be they need not be together.
+
+        Where the slopes of all are the sum of theirs they do not tie, and nothing more is to be seen.
+        """
+        far = np.median([abs(unit) for _, _, unit, _ in kinks])
+        group = {i: np.zeros(self._custom[i].shape, bool) for i, *_ in kinks}
+        direction = {i: np.zeros(self._custom[i].shape) for i in group}
+        ahead = behind = size = 0.0
+        for i, at, unit, slope in kinks:
+            sign = -1.0 if self._custom[i][at] < 0 else 1.0
+            group[i][at], direction[i][at] = True, sign * far
+            turned = math.copysign(1, unit) * sign
+            ahead += far * (turned * slope.value + slope.bend) / abs(unit)
+            behind += far * (turned * slope.value - slope.bend) / abs(unit)
+            size += far * (abs(slope.value) + abs(slope.bend)) / abs(unit)
+        _, slope, verdict = self._along(group, direction, self._steps, alone=True)
+        off = max(abs(slope.value + slope.bend - ahead), abs(slope.value - slope.bend - behind))
+        if verdict in _WRONG and off > size / 128:
+            self._tell(group, verdict, None, np.nan)
+            for i, mask in group.items():
+                self.truths[i][mask] = self._reference[i][mask] if verdict == "reference" else np.nan
+
+    def arrays(self) -> None:
+        """Up to three groups of arrays, each along one direction; then more of those that are wrong."""
+        rows = [i for i, mask in enumerate(self._disputed) if mask.any()]
+        groups = [part.tolist() for part in np.array_split(rows, min(len(rows), _GROUPS))]
+        once, wrong = len(groups), {}
         # A direction that is nearly across the gradient shows little: one or two have others besides.
-        groups *= 4 // once
-    found: list[list[Verdict]] = [[] for _ in arguments]
-    truths = [np.full(g.shape, np.nan, g.dtype) for g in custom]
-    slopes: list[Any] = [None] * len(custom)
+        for position, part in enumerate(groups * (4 // once)):
+            # The groups that come have a first try each.
+            tries = (_EVALUATIONS - self.line.used) // 4 - max(once - position - 1, 0)
+            if tries < 1:
+                break
+            group = {i: self._disputed[i] for i in part}
+            # What is small may be wrong as well, and shows only beside what is not much larger.
+            least = min(self._norms[i] for i in part)
+            direction = {
+                i: self._direction(i, mask) * max(least / self._norms[i] if self._norms[i] else 1, 1 / 32)
+                for i, mask in group.items()
+            }
+            gradients, slope, verdict = self._along(group, direction, self._steps[:tries])
+            if verdict == "unknown" and position >= once:
+                continue
+            self._steps.sort(key=lambda step, best=slope.step: step != best)
+            if verdict in _WRONG:
+                wrong.setdefault(tuple(part), (direction, slope, verdict, gradients))
+            else:
+                self._tell(group, verdict)
+        for part, (direction, slope, verdict, gradients) in wrong.items():
+            group = {i: self._disputed[i] for i in part}
+            if self._bends(group, slope):
+                self._tell(group, self._of_some(group))
+            elif len(part) == 1:
+                self._tell(group, verdict, (*gradients, slope.value))
+            else:
+                self._blame(group, direction)
 
-    line = _Line(evaluate, arguments, cotangents)
-    if not np.isfinite(line.size):
-        return ["no value" if mask.any() else None for mask in disputed], truths, slopes, line.used
-    # What is small beside the value may be rounding. An entry whose own size moves more goes by it.
-    least = line.size * (2.0**-28 if precise else 2.0**-20)
-    moves = [np.abs(np.nan_to_num(g * x)) > least for x, g in zip(arguments, custom, strict=True)]
-    scales = [_scales(x, own) for x, own in zip(arguments, moves, strict=True)]
-    # So may what is small beside the whole gradient.
-    overall = max(np.linalg.norm(_finite(g * s)) for g, s in zip(custom, scales, strict=True))
-    steps = list(_STEPS[precise])
+    def _bends(self, group, slope) -> bool:
+        """Whether there are kinks at x, where a gradient may be what no direction shows."""
+        step = min(slope.step, max(_STEPS[self._precise][:2]))
+        direction = {i: self._direction(i, mask, at_random=True) for i, mask in group.items()}
+        along, bend = self.line.central(direction, step)
+        norm = math.hypot(*(self._norms[i] for i in group))
+        return not abs(bend) <= max(abs(along), norm) / 256 + 8 * self.line.noise(step, self._eps)
 
-    def along(group, direction, tries):
+    def _of_some(self, group) -> Verdict:
+        """The verdict on the few entries that are most disputed, one by one."""
+        off = {
+            i: np.where(
+                mask, np.nan_to_num(abs(self._custom[i] - self._reference[i]) * self._scales[i]), -1
+            )
+            for i, mask in group.items()
+        }
+        verdicts = []
+        for _ in range(_SOME):
+            i = max(off, key=lambda i: off[i].max())
+            at = np.unravel_index(np.argmax(off[i]), off[i].shape)
+            off[i][at] = -1
+            one = {i: _only(off[i].shape, at)}
+            verdicts.append(
+                self._along(one, {i: self._direction(i, one[i])}, self._steps, alone=True)[-1]
+            )
+        worst = _gravest(verdicts)
+        return "kink" if worst in ("custom", "both") else worst or "unknown"
+
+    def _blame(self, group, direction) -> None:
+        """Each array of a group by itself, as one of them is wrong."""
+        told = {
+            i: self._along({i: mask}, {i: direction[i]}, self._steps[:2]) for i, mask in group.items()
+        }
+        found = any(verdict in _WRONG for *_, verdict in told.values())
+        for i, (gradients, slope, verdict) in told.items():
+            self._tell({i: group[i]}, verdict if found else "unknown", (*gradients, slope.value))
+
+    def _tell(self, group, verdict, slopes=None, truth=math.nan) -> None:
+        for i, mask in group.items():
+            self.found[i].append(verdict)
+            if verdict in ("custom", "kink"):
+                self.truths[i][mask] = self._custom[i][mask]
+            elif verdict == "both":
+                self.truths[i][mask] = self._reference[i][mask]
+            elif verdict in _WRONG:
+                self.truths[i][mask] = truth
+                self.slopes[i] = slopes
+
+    def _direction(self, i, mask, at_random=False) -> np.ndarray:
+        """Along the difference of the gradients, which tells them best; anywhere where there is none."""
+        difference = np.where(at_random, np.nan, self._custom[i] - self._reference[i])
+        signs = self._generator.choice([-1.0, 1.0], mask.shape)
+        if np.iscomplexobj(self._custom[i]):
+            signs = (signs + 1j * self._generator.choice([-1.0, 1.0], mask.shape)) / math.sqrt(2)
+        size = np.abs(difference)
+        known = np.isfinite(difference) & (size > 0)
+        signs = np.where(known, np.conj(difference) / np.where(known, size, 1), signs)
+        return np.where(mask, signs * self._scales[i], 0)
+
+    def _along(self, group, direction, steps, alone=False) -> tuple[list[Any], Any, Verdict]:
         """What both gradients say of a direction, what differences do, and who is right."""
         gradients = [
             sum(np.sum(np.real(g[i][mask] * direction[i][mask])) for i, mask in group.items())
-            for g in (custom, reference)
+            for g in (self._custom, self._reference)
         ]
-        by_own_size = alone and precise and all(moves[i][mask].all() for i, mask in group.items())
-        floor = least if by_own_size else overall / (256 if precise else 16)
-        norm = np.linalg.norm([np.linalg.norm(_finite(custom[i] * direction[i])) for i in group])
-        scale = max(norm, floor, least)
-        slope, verdict = line.slope(direction, scale, eps, steps[:tries], gradients, digits)
+        by_own_size = alone and all(self._moves[i][mask].all() for i, mask in group.items())
+        floor = max(self._norms) / (256 if self._precise else 16)
+        norm = np.linalg.norm(
+            [np.linalg.norm(_finite(self._custom[i] * v)) for i, v in direction.items()]
+        )
+        scale = max(norm, self._least, 0 if by_own_size else floor)
+        slope, verdict = self.line.slope(
+            direction, scale, self._eps, steps, gradients, self._digits, finest=alone
+        )
+        # Not 0, but nothing beside the value.
+        if scale == self._least and norm > self._least * (2.0**-16 if self._precise else 0.5):
+            verdict = "unknown"
         return gradients, slope, verdict
-
-    ties: dict[int, np.ndarray] = {}
-    for position, group in enumerate(groups):
-        # The groups that come have a first try each.
-        tries = len(steps) if alone else (_EVALUATIONS - line.used) // 4 - max(once - position - 1, 0)
-        if tries < 1:
-            break
-        direction = [np.zeros(x.shape) for x in arguments]
-        for i, mask in group.items():
-            direction[i] = _direction(custom[i] - reference[i], scales[i], mask, generator)
-        gradients, slope, verdict = along(group, direction, tries)
-        if verdict == "unknown" and position >= once:
-            continue
-        steps.sort(key=lambda step: step != slope.step)
-        for i, mask in group.items():
-            found[i].append(verdict)
-            if verdict in ("custom", "kink"):
-                truths[i][mask] = custom[i][mask]
-            elif verdict == "both":
-                truths[i][mask] = reference[i][mask]
-            elif verdict != "unknown" and alone and not np.iscomplexobj(custom[i]):
-                truths[i][mask] = slope.value / direction[i][mask]
-            elif verdict != "unknown":
-                slopes[i] = (*gradients, slope.value)
-            if verdict == "kink" and alone:
-                ties[i] = ties.get(i, False) | mask
-    if sum(mask.sum() for mask in ties.values()) > 1:
-        # What ties moves together: between the slopes of each may be outside of those of all.
-        far = np.median(np.concatenate([scales[i][mask] for i, mask in ties.items()]))
-        direction = [far * ties.get(i, np.zeros(x.shape)) for i, x in enumerate(arguments)]
-        verdict = along(ties, direction, len(steps))[-1]
-        if verdict in ("neither", "reference"):
-            for i, mask in ties.items():
-                found[i].append(verdict)
-                truths[i][mask] = reference[i][mask] if verdict == "reference" else np.nan
-    return [_gravest(verdicts) for verdicts in found], truths, slopes, line.used
 
 
 class _Slope(NamedTuple):
     value: float = math.nan
     error: float = math.inf
-    kink: float = 0.0  # How far the slopes of both sides are from it.
+    bend: float = 0.0  # Half of what the slope ahead is more than that behind.
     step: float = 0.0
 
     def judge(self, gradients: list[Any], scale: Any, digits: float) -> Verdict:
         """Which of two numbers it is."""
-        scale = max(scale, abs(self.value), self.kink)
+        kink = abs(self.bend)
+        scale = max(scale, abs(self.value), kink)
         slack = 4 * self.error + digits * scale
         if not slack <= scale / 128:  # Also where it is not finite.
             return "unknown"
-        mine, others = (abs(number - self.value) <= self.kink + slack for number in gradients)
+        mine, others = (abs(number - self.value) <= kink + slack for number in gradients)
         if mine:
-            return "kink" if self.kink else "both" if others else "custom"
+            return "kink" if kink else "both" if others else "custom"
         return "reference" if others else "neither"
 
 
@@ -170,42 +285,68 @@ class _Line:
 
     def __init__(self, evaluate, arguments, cotangents):
         self._evaluate, self._arguments, self._cotangents, self.used = evaluate, arguments, cotangents, 0
-        self._centre = self._outputs([np.zeros(x.shape) for x in arguments], 0.0)
-        self.size = sum(np.abs(y).sum() for y in self._centre)
+        self._centre = self._outputs({}, 0.0)
+        self.size = float(sum(np.abs(y).sum() for y in self._centre))
 
     def _outputs(self, direction, step):
         self.used += 1
-        moved = self._evaluate([x + step * v for x, v in zip(self._arguments, direction, strict=True)])
+        moved = self._evaluate(
+            [x + step * direction[i] if i in direction else x for i, x in enumerate(self._arguments)]
+        )
         return [c * y for c, y in zip(self._cotangents, moved, strict=True)]
 
-    def _central(self, direction, step):
+    def noise(self, step: float, eps: float) -> float:
+        """What rounding of the outputs leaves in a slope."""
+        return 2 * eps * self.size / step
+
+    def central(self, direction: dict[int, np.ndarray], step: float) -> tuple[float, float]:
         """Central and second difference, over 2h."""
         ahead, behind = self._outputs(direction, step), self._outputs(direction, -step)
         each = list(zip(self._centre, ahead, behind, strict=True))
         slope = sum(np.sum(np.real(y - z)) for _, y, z in each)
         bend = sum(np.sum(np.real((y - x) + (z - x))) for x, y, z in each)
-        return slope / (2 * step), bend / (2 * step)
+        return float(slope / (2 * step)), float(bend / (2 * step))
 
-    def slope(self, direction, scale, eps, steps, gradients, digits) -> tuple[_Slope, Verdict]:
+    def slope(self, direction, scale, eps, steps, gradients, digits, finest) -> tuple[_Slope, Verdict]:
         """A derivative and what it says, by one step after the other until it confirms a gradient.
 
         Two steps h and h/2 give (4 D(h/2) − D(h)) / 3, and the difference of the two bounds its error. So
         does what rounding leaves. The second difference over h vanishes with h, but for a kink at h = 0.
+        A kink may be nearby instead: the finest step shows it, where there is time for it.
         """
-        best, good = _Slope(), scale / 4096
+        best, flat = _Slope(), _Slope()
         for step in steps:
-            (coarse, bend), (fine, half_bend) = (self._central(direction, h) for h in (step, step / 2))
-            noise = 2 * eps * self.size / step
-            error, jump = max(abs(fine - coarse), noise), abs(2 * half_bend - bend)
-            tried = _Slope((4 * fine - coarse) / 3, max(error, jump), 0.0, step)
-            if jump > max(abs(half_bend) / 2, 8 * noise, good):
-                sides = _Slope(fine, max(error, 2 * abs(half_bend - bend)), abs(half_bend), step)
-                tried = sides if sides.error <= good else tried
+            tried = self._extrapolated(direction, scale, eps, step)
+            if tried is None:
+                # To the last bit the same everywhere: flat, or on a stair of what is rounded inside.
+                flat = min(
+                    flat, _Slope(0.0, self.noise(step, eps), 0.0, step), key=lambda slope: slope.error
+                )
+                continue
             verdict = tried.judge(gradients, scale, digits)
+            if verdict == "kink" and finest and step > min(steps):
+                near = self._extrapolated(direction, scale, eps, min(steps)) or _Slope()
+                closer = near.judge(gradients, scale, digits)
+                return (tried, verdict) if closer in ("unknown", "kink") else (near, closer)
             if verdict not in ("neither", "unknown"):
                 return tried, verdict
             best = min(best, tried, key=lambda slope: slope.error)
+        best = best if math.isfinite(best.error) else flat
         return best, best.judge(gradients, scale, digits)
+
+    def _extrapolated(self, direction, scale, eps, step) -> _Slope | None:
+        """A derivative by one step; None if nothing moves at all."""
+        good = scale / 4096
+        (coarse, bend), (fine, half_bend) = (self.central(direction, h) for h in (step, step / 2))
+        if coarse == fine == bend == half_bend == 0:
+            return None
+        noise = self.noise(step, eps)
+        error, jump = max(abs(fine - coarse), noise), abs(2 * half_bend - bend)
+        if jump > max(abs(half_bend) / 2, 8 * noise, good):
+            sides = _Slope(fine, max(error, 2 * abs(half_bend - bend)), half_bend, step)
+            if sides.error <= good:
+                return sides
+        return _Slope((4 * fine - coarse) / 3, max(error, jump), 0.0, step)
 
 
 def _scales(x: Any, by_size: Any) -> np.ndarray:
@@ -215,20 +356,9 @@ def _scales(x: Any, by_size: Any) -> np.ndarray:
     return np.asarray(np.where(by_size & (size > 0), size, np.maximum(size, usual)))
 
 
-def _direction(difference, scales, mask, generator) -> np.ndarray:
-    """Along the difference of two gradients, which tells them best, or anywhere where there is none."""
-    signs = generator.choice([-1.0, 1.0], mask.shape)
-    if np.iscomplexobj(difference):
-        signs = (signs + 1j * generator.choice([-1.0, 1.0], mask.shape)) / math.sqrt(2)
-    size = np.abs(difference)
-    known = np.isfinite(difference) & (size > 0)
-    signs = np.where(known, np.conj(difference) / np.where(known, size, 1), signs)
-    return np.where(mask, signs * scales, 0)
-
-
-def _only(shape: tuple[int, ...], at: np.ndarray) -> np.ndarray:
+def _only(shape: tuple[int, ...], at: Any) -> np.ndarray:
     mask = np.zeros(shape, bool)
-    mask[tuple(at)] = True
+    mask[at] = True
     return mask
 
 
@@ -237,5 +367,5 @@ def _finite(array: Any) -> np.ndarray:
 
 
 def _gravest(verdicts: list[Verdict]) -> Verdict | None:
-    order: list[Verdict] = ["neither", "reference", "unknown", "kink", "custom", "both"]
+    order: list[Verdict] = ["neither", "reference", "no value", "unknown", "kink", "custom", "both"]
     return min(verdicts, key=order.index, default=None)

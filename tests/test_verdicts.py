@@ -5,6 +5,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from helpers import every, unchecked
@@ -362,3 +363,98 @@ def test_misuse_is_named():
     calling = ruled(lambda c: c, lambda x: jax.pure_callback(refuse, x, x))
     with pytest.raises(RuntimeError, match="said by the callback"):
         js.compare_gradients(calling, X)
+
+
+def given(primal, backward):
+    """A function of one array, with a rule of it and its cotangent."""
+    function = jax.custom_vjp(lambda x: primal(x))
+    function.defvjp(lambda x: (primal(x), x), lambda x, c: (backward(x, c),))
+    return function
+
+
+def opaque(x):
+    """x, through a loop that reverse mode cannot go through."""
+    return jax.lax.while_loop(lambda s: s[0] < 1, lambda s: (s[0] + 1, s[1]), (0, x))[1]
+
+
+def bisected(a):
+    """The square root of a, on stairs of 1e-6."""
+
+    def halved(s):
+        low, high, middle = *s, sum(s) / 2
+        return jnp.where(middle**2 < a, middle, low), jnp.where(middle**2 < a, high, middle)
+
+    start = jnp.zeros_like(a), jnp.full_like(a, 4)
+    return jax.lax.while_loop(lambda s: jnp.any(s[1] - s[0] > 1e-6), halved, start)[0]
+
+
+def ramp(x, c):
+    return c * ((x > -1) & (x < 1)).astype(c.dtype)
+
+
+def equal_to_the_largest(x, c):
+    return c * jnp.sign(x) * (jnp.abs(x) == jnp.abs(x).max()).astype(c.dtype)
+
+
+def as_float32(x):
+    shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    narrow = x.astype(jnp.float32)
+    return jax.pure_callback(lambda x: 10 * np.asarray(x, np.float32), shape, narrow)
+
+
+SATURATED = jnp.clip(jnp.linspace(-3, 3, 40), -1, 1)
+RIGHT = {
+    "a convention at many kinks": (lambda x: jnp.clip(x, -1, 1), ramp, SATURATED),
+    "a convention at two kinks": (lambda x: jnp.clip(x, -1, 1).sum(), ramp, jnp.array([-1, 1, 0.5])),
+    "a tie, shared": (
+        lambda x: jnp.abs(x).max(), lambda x, c: equal_to_the_largest(x, c) / 2, jnp.array([2.0, -2]),
+    ),
+    "stairs": (bisected, lambda x, c: c / (2 * jnp.sqrt(x)), jnp.array([2.0, 3.0])),
+    "below the normal numbers": (
+        lambda x: x * jnp.asarray(1e-6, x.dtype), lambda _, c: c * jnp.asarray(1e-6, c.dtype),
+        jnp.array([1, 2, 3], jnp.float16),
+    ),
+    "complex": (lambda z: opaque(z) ** 2, lambda z, c: 2 * c * z, jnp.array([2 + 0.5j])),
+}  # fmt: skip
+WRONG = {
+    "a tie, counted twice": (lambda x: jnp.abs(x).max(), equal_to_the_largest, jnp.array([2.0, -2])),
+    "too long at 0": (jnp.linalg.norm, lambda _, c: c * jnp.array([1.0, -1, 1]), jnp.zeros(3)),
+    "at many kinks": (jax.nn.relu, lambda x, c: 2 * c * (x >= 0).astype(c.dtype), jnp.zeros(40)),
+    "near a kink": (
+        lambda x: jnp.maximum(x, x / 10), lambda x, c: c * jnp.where(x > 1e-6, 1, 0.1),
+        jnp.array([10, 20, 1e-7]),
+    ),
+    "one of small size, in float32": (
+        as_float32, lambda _, c: 10 * c * jnp.array([1.0, -1, 1]).astype(c.dtype),
+        jnp.array([1, 1e-4, 1.5]),
+    ),
+    "turned": (lambda z: opaque(z) ** 2, lambda z, c: -2j * c * z, jnp.array([2 + 0j])),
+    "bounded above": (lambda x: (x**2).sum(), lambda x, c: 2 * x * jnp.minimum(c, 0.5), X),
+    "for negative cotangents alone": (lambda x: (x**2).sum(), lambda x, c: 2 * x * jnp.minimum(c, 0), X),
+    "rounded": (
+        lambda x: (x**2).sum(), lambda x, c: 2 * x * c.astype(jnp.bfloat16).astype(c.dtype), X,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", [*RIGHT, *WRONG])
+def test_what_is_hard_to_tell(name):
+    primal, backward, x = (RIGHT | WRONG)[name]
+    row = js.compare_gradients(given(primal, backward), x).rows[1]
+    assert row.verdict().startswith("right" if name in RIGHT else "wrong"), row.verdict()
+
+
+def test_the_array_that_is_wrong_is_named():
+    def total(arrays):
+        return sum((opaque(x) ** 2).sum() for x in arrays)
+
+    def backward(arrays, c):
+        gradients = [2 * c * x for x in arrays]
+        gradients[1] = -gradients[1]
+        return gradients
+
+    # A small one among larger ones.
+    arrays = [jnp.linspace(1, 2, 10) * (0.03 if i == 1 else 1) for i in range(6)]
+    comparison = js.compare_gradients(given(total, backward), arrays)
+    assert [row.path for row in comparison.rows if not row.is_right()] == ["x[1]"]
