@@ -1,5 +1,6 @@
 """A training run kept in a folder, so that the same command goes on where it was stopped."""
 
+import argparse
 import logging
 import sys
 import warnings
@@ -111,3 +112,7 @@ def checksum(arrays: Any) -> int:
     for leaf in jax.tree.leaves(arrays):
         total = zlib.crc32(np.asarray(leaf).tobytes(), total)
     return total
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=f"{__doc__} For digits.py.").parse_args()

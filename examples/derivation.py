@@ -1,7 +1,7 @@
 """Softmax, the log-likelihood cost and their gradient, step by step, beside JAX's own autodiff.
 
-Each line prints what a formula of the derivation gives and what `jax.jacobian` or `jax.grad` finds
-for the same quantity without knowing the formula.
+Each step prints what a formula of the derivation gives, and beside it what the package computes, or what
+`jax.jacobian` or `jax.grad` finds without knowing the formula.
 """
 
 import argparse
@@ -18,13 +18,14 @@ PROBABILITIES = np.array([[0.1, 0.2, 0.25, 0.4, 0.05], [0.4, 0.05, 0.1, 0.2, 0.2
 LABELS = np.array([2, 0])
 
 
-def show(what: str, formula: jax.Array, autodiff: jax.Array) -> float:
+def show(what: str, formula: jax.Array, other: jax.Array, source: str = "autodiff") -> float:
     """Prints both, and returns their largest difference."""
-    difference = float(jnp.max(jnp.abs(formula - autodiff)))
+    difference = float(jnp.max(jnp.abs(formula - other)))
     print(f"\n{what}")
     with np.printoptions(precision=4, suppress=True, floatmode="fixed"):
-        print(f"  formula:  {np.array2string(np.asarray(formula), prefix='  formula:  ')}")
-        print(f"  autodiff: {np.array2string(np.asarray(autodiff), prefix='  autodiff: ')}")
+        for name, array in (("formula", formula), (source, other)):
+            label = f"  {name + ':':12}"
+            print(label + np.array2string(np.asarray(array), prefix=label))
     print(f"  largest difference {difference:.1e}")
     return difference
 
@@ -40,7 +41,9 @@ def main() -> dict[str, float]:
 
     print("1. Softmax: a_j = exp(z_j) / Σ_k exp(z_k)")
     a = jnp.exp(z - jnp.max(z)) / jnp.sum(jnp.exp(z - jnp.max(z)))
-    differences["softmax"] = show("the probabilities, and jaxsoftmax.softmax", a, js.softmax(z))
+    differences["softmax"] = show(
+        "the probabilities, and jaxsoftmax.softmax", a, js.softmax(z), "jaxsoftmax"
+    )
 
     # The two cases, i = j and i ≠ j, in one matrix.
     jacobian = jnp.diag(a * (1 - a)) + (jnp.eye(5) - 1) * jnp.outer(a, a)
@@ -49,7 +52,7 @@ def main() -> dict[str, float]:
         "∂a_j/∂z_i = a_j (1 − a_j) if i = j, −a_j a_i otherwise", jacobian, plain_jacobian
     )
     differences["softmax_jacobian"] = show(
-        "the same from jaxsoftmax.softmax_jacobian", js.softmax_jacobian(z), plain_jacobian
+        "the same, and jaxsoftmax.softmax_jacobian", jacobian, js.softmax_jacobian(z), "jaxsoftmax"
     )
 
     print("\n2. The log-likelihood cost: C = −Σ_k y_k ln a_k")
@@ -58,6 +61,7 @@ def main() -> dict[str, float]:
         "one example's loss, −ln 0.25, and jaxsoftmax.log_likelihood_cost",
         cost,
         js.log_likelihood_cost(z, label),
+        "jaxsoftmax",
     )
     d_a = -y / a
     differences["d_a"] = show(
@@ -82,9 +86,10 @@ def main() -> dict[str, float]:
     one_hot = jax.nn.one_hot(LABELS, 5)
     for kind, labels in {"integer": LABELS, "one-hot": one_hot}.items():
         differences[kind] = show(
-            f"jax.grad(jaxsoftmax.log_likelihood_cost), {kind} labels",
+            f"the same, and jax.grad(jaxsoftmax.log_likelihood_cost), {kind} labels",
+            jnp.asarray(gradient),
             jax.grad(js.log_likelihood_cost)(logits, labels),
-            plain,
+            "jaxsoftmax",
         )
     return differences
 

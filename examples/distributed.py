@@ -208,6 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5, help="passes over the examples")
     epochs = parser.parse_args(arguments).epochs
+    if epochs < 1:
+        parser.error(f"argument --epochs: must be a whole number from 1, got {epochs}")
     if "JAX_COORDINATOR_ADDRESS" not in os.environ:
         return start()
     work(epochs)

@@ -58,3 +58,7 @@ def compare(
 def name(function: Callable) -> str:
     """The name it was defined by."""
     return function.__name__
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=f"{__doc__} For flax_nnx.py and equinox_mlp.py.").parse_args()

@@ -4,6 +4,7 @@ A file is two zero bytes, 8 for unsigned bytes, the number of axes, the length o
 with the largest first, and then the numbers themselves.
 """
 
+import argparse
 import gzip
 import math
 import zlib
@@ -91,3 +92,7 @@ def read(path: Path, axes: int) -> np.ndarray:
 def by(shape) -> str:
     """Lengths as people write them: 28 × 28."""
     return " × ".join(f"{length:,}" for length in shape)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=f"{__doc__} For digits.py.").parse_args()

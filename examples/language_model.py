@@ -289,7 +289,10 @@ def parser_of(description: str, seeded: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--text", type=read, required=True, help="a UTF-8 file, or a folder of *.txt")
     parser.add_argument("--batch-size", type=count, default=512, help="words in a batch")
-    parser.add_argument("--context", type=count, default=4, help="words that predict the next one")
+    parser.add_argument(
+        "--context", default=4, help="words that predict the next one",
+        type=checked(int, "a whole number from 1 to 100", lambda value: 1 <= value <= 100),
+    )  # fmt: skip
     parser.add_argument("--learning-rate", type=above_0, default=6e-3, help="of Adam, at first")
     parser.add_argument(
         "--seed", default=0, help=f"of {seeded}",

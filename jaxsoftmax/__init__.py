@@ -26,3 +26,4 @@ from ._training import TrainState as TrainState
 from ._training import init_state as init_state
 from ._training import make_epoch as make_epoch
 from ._training import make_step as make_step
+from ._version import __version__ as __version__

@@ -2,8 +2,10 @@
 
 import ast
 import itertools
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import jaxsoftmax as js
 PACKAGE = Path(js.__file__).parent
 # Each module imports only from modules before it in its list; the lists know nothing of each other.
 ORDER = ["_checks", "_mesh", "_rows", "_softmax", "_cost", "_blocks", "_head", "_network", "__init__"]
-ALONE = [["_training"], ["_rules", "_differences", "_comparison", "_gradients"]]
+ALONE = [["_version"], ["_training"], ["_rules", "_differences", "_comparison", "_gradients"]]
 
 
 def imported(name):
@@ -43,6 +45,15 @@ def test_init_is_names_only():
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     assert isinstance(tree.body[0], ast.Expr)
     assert all(isinstance(node, ast.ImportFrom) for node in tree.body[1:])
+
+
+def test_version_and_repository_are_said_once():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project["urls"]["Repository"]
+    for name in ("README.md", "CITATION.cff"):
+        assert repository in (PACKAGE.parent / name).read_text(encoding="utf-8")
+    assert "version" in project["dynamic"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev0)?", js.__version__)
 
 
 def test_import_starts_no_backend():

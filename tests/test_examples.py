@@ -55,7 +55,12 @@ def test_digits_learns_and_its_gradients_agree(example, tmp_path, capsys):
         assert len(errors) == 4
         assert max(errors.values()) <= 16, way
     assert picture.stat().st_size > 20_000
-    assert "test accuracy     97" in capsys.readouterr().out
+    exact, custom, textbook = result.gradient_where_sure.values()
+    assert custom == pytest.approx(exact, rel=1e-5)
+    assert textbook == 0 > exact
+    printed = capsys.readouterr().out
+    assert "test accuracy     97" in printed
+    assert "All four agree" in printed
 
 
 def without_simulated_devices():
@@ -184,6 +189,8 @@ digits.main(sys.argv[1:])
     assert_same_run(digits.main([*options, "--epochs", "4"]), digits.main([*SMALL, "--epochs", "4"]))
     with pytest.raises(SystemExit, match="holds a run with hidden 16, not 8: use the options"):
         digits.main([*options, "--hidden", "8"])
+    with pytest.raises(SystemExit, match="holds 4 epochs, more than --epochs 3: ask for at least"):
+        digits.main([*options, "--epochs", "3"])
 
 
 @pytest.mark.parametrize(
@@ -440,7 +447,7 @@ def test_language_model_refuses_nonsense_and_says_when_training_diverged(
     main = example("language_model").main
     picture = tmp_path / "a.png"
     for option, value, message in (
-        ("--context", "0", "--context: must be a whole number from 1"),
+        ("--context", "100000", "--context: must be a whole number from 1 to 100, got '100000'"),
         ("--temperature", "0", "--temperature: must be a number above 0, got '0'"),
         ("--epochs", "1.5", "--epochs: must be a whole number from 1"),
     ):
@@ -514,6 +521,11 @@ def distributed(*options):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_distributed_refuses_no_epochs():
+    _, errors = distributed("--epochs", "0").communicate(timeout=60)
+    assert "argument --epochs: must be a whole number from 1, got 0" in errors
 
 
 def test_distributed_processes_agree_with_one_device():
