@@ -48,10 +48,11 @@ def test_init_is_names_only():
 
 
 def test_version_and_repository_are_said_once():
-    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     repository = project["urls"]["Repository"]
     for name in ("README.md", "CITATION.cff"):
-        assert repository in (PACKAGE.parent / name).read_text(encoding="utf-8")
+        assert repository in (root / name).read_text(encoding="utf-8")
     assert "version" in project["dynamic"]
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev0)?", js.__version__)
 
