@@ -228,6 +228,62 @@ def test_z_loss_on_some_tokens(recipe, draw, params):
     assert_right(recipe["cost_with_z_loss"], dense, params, batch, z_loss=0.1)
 
 
+def test_tied_embeddings(recipe, draw):
+    params = {"embedding": draw(CLASSES, 5), "hidden": draw(5, 5)}
+    generator = np.random.default_rng(8)
+    words, labels = generator.integers(0, CLASSES, (2, 6)).astype(np.int32)
+
+    def dense(params, batch):
+        z = jnp.tanh(params["embedding"][batch["words"]] @ params["hidden"]) @ params["embedding"].T
+        return -jnp.mean(known_likelihoods(z, batch["labels"]))
+
+    batch = {"words": words, "labels": labels}
+    assert_right(recipe["cost_with_tied_embeddings"], dense, params, batch)
+
+
+@pytest.mark.parametrize("place", [(), ("model",)])
+def test_an_embedding_on_a_mesh(recipe, draw, place):
+    params = {"embedding": draw(8, 5), "hidden": draw(5, 5), "weights": draw(5, 8), "bias": draw(8)}
+    generator = np.random.default_rng(8)
+    words, labels = generator.integers(0, 8, (2, 6)).astype(np.int32)
+
+    def dense(params, batch):
+        z = jnp.tanh(params["embedding"][batch["words"]] @ params["hidden"]) @ params["weights"]
+        return -jnp.mean(known_likelihoods(z + params["bias"], batch["labels"]))
+
+    batch = {"words": words, "labels": labels}
+    truth = with_gradient(dense, params, batch)
+    spec = jax.sharding.PartitionSpec
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    places = {"embedding": spec(*place), "hidden": spec(), "weights": spec(None, "model")}
+    places["bias"] = spec("model")
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=explicit)):
+        arrays = jax.device_put((params, batch), (places, dict.fromkeys(batch, spec("data"))))
+        found = jax.jit(jax.value_and_grad(recipe["cost_on_a_mesh"]))(*arrays)
+    assert_close(found, truth, ulps=32)
+
+
+def test_dropout_in_an_epoch(recipe, draw, params):
+    data = {"inputs": draw(8, INPUTS), "labels": np.arange(8, dtype=np.int32) % CLASSES}
+    data = jax.tree.map(jnp.asarray, data) | {"keys": jax.random.split(jax.random.key(3), 8)}
+    cost, arrays = recipe["cost_with_dropout"], jax.tree.map(jnp.asarray, params)
+    kept = np.stack([jax.random.bernoulli(key, 0.5, (5,)) for key in data["keys"]])
+
+    def dense(params, batch):
+        features = jnp.tanh(batch["inputs"] @ params["hidden"]) * kept / 0.5
+        z = features @ params["weights"] + params["bias"]
+        return -jnp.mean(known_likelihoods(z, batch["labels"]))
+
+    batch = {name: np.asarray(data[name]) for name in ("inputs", "labels")}
+    found = jax.jit(jax.value_and_grad(partial(cost, rate=0.5)))(arrays, data)
+    assert_close(found, with_gradient(dense, params, batch), ulps=32)
+    # The keys go with their examples.
+    optimizer = optax.sgd(0.1)
+    epoch = js.make_epoch(cost, optimizer, batch_size=4)
+    _, costs = jax.eval_shape(epoch, js.init_state(arrays, optimizer), data, jax.random.key(0))
+    assert costs.shape == (2,)
+
+
 @pytest.fixture
 def text(draw, params):
     """Tokens of which half are predicted right, and a fifth are padding; their logits."""
