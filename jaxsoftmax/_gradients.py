@@ -80,7 +80,7 @@ def compare_gradients(
 
     Raises:
         TypeError: If `function` or `reference` cannot be called, `argnums` holds another thing than
-            integers, `key` is none, or an argument is traced, as it is inside jit, grad and vmap.
+            integers, `key` is no key, or an argument is traced, as it is inside jit, grad and vmap.
         ValueError: If there is nothing to differentiate, `argnums` is out of range, the outputs' shapes
             differ, or `precision` is another.
         RuntimeError: If a run fails. It tells which one and what may help, with JAX's error as its cause.
