@@ -255,7 +255,8 @@ def where_sure(network: js.Network, examples: Examples, lead: float = 40) -> dic
     rows = np.arange(len(labels))
     behind = logits[rows, labels][:, None] - logits
     behind[rows, labels] = np.inf
-    surest, label = (row := behind.min(axis=1).argmax()), labels[row]
+    surest = behind.min(axis=1).argmax()
+    label = labels[surest]
     z = jnp.asarray(logits[surest] * lead / behind[surest].min(), jnp.float32)
     others = np.sum(np.exp(np.delete(np.asarray(z, np.float64) - float(z[label]), label)))
     textbook = jax.grad(lambda z: -jnp.log(jax.nn.softmax(z)[label]))

@@ -12,7 +12,7 @@ import numpy as np
 Verdict = Literal["custom", "reference", "both", "neither", "kink", "no value", "unknown"]
 
 # Up to so many entries are judged one by one. Of more, up to three groups of arrays are, each along one
-# direction, in so many evaluations in all.
+# direction, in so many evaluations in all, but for those of a contradiction.
 ENTRIES = _EVALUATIONS = 20
 _GROUPS = 3
 _SOME = 4  # Where there are kinks, so many entries speak for all.

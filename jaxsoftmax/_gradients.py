@@ -52,9 +52,9 @@ def compare_gradients(
 
     Where plain automatic differentiation is impossible, not finite or says another thing than the rule,
     differences judge: central ones, extrapolated, in float64 where the function can. Up to 20 entries are
-    judged one by one, more along a few directions in at most 20 evaluations, and some more where a
-    gradient is wrong. What they cannot tell is not judged, and never right. So is an entry that is NaN or
-    infinite in truth.
+    judged one by one, more along a few directions in at most 20 evaluations, and some more where these
+    contradict a gradient. What they cannot tell is not judged, and never right. So is an entry that is
+    NaN or infinite in truth.
 
     Args:
         function: Returns any pytree of arrays; usually it uses `jax.custom_vjp`. It is run as one

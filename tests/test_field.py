@@ -1,7 +1,6 @@
 """What people met with: public bug reports, other projects' tests, the settings that people have."""
 
-import functools
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +120,7 @@ def values_and_gradients():
     )
 
 
-@functools.cache
+@cache
 def under_none():
     return jax.jit(values_and_gradients)()
 
