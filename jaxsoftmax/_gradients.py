@@ -115,6 +115,8 @@ def compare_gradients(
         plain = own.without_rules(removal)
         # What the outputs must be is told by the function without its rules.
         cotangents = _cotangents(plain.outputs, key)
+        if not _is_one_number(cotangents):
+            notes.append("gradients are those of all outputs times random numbers, added up")
         run = partial(_said, "function cannot be differentiated", own.run, task.floats)
         # A large multiple shows what clips, but may overflow.
         factor, draws = _draws(cotangents, -50.3, -64.0)
@@ -495,8 +497,10 @@ def _row(custom, result, limit) -> GradientRow:
     error, reference_error = (
         np.where(known, _off(x, truth, custom.dtype), 0.0) for x in (own, reference)
     )
-    worst = np.unravel_index(np.argmax(error), error.shape) if error.size else ()
-    difference = float(np.max(_distance(own, reference), initial=0))
+    distance = _distance(own, reference)
+    most = distance if result.differences == "kink" else error
+    worst = np.unravel_index(np.argmax(most), most.shape) if most.size else ()
+    difference = float(np.max(distance, initial=0))
     largest = _largest(truth)
     return GradientRow(
         path=custom.path,
@@ -530,7 +534,7 @@ def _draws(cotangents, of_scalar, of_arrays) -> tuple[float, list[Any]]:
     A factor with many digits shows what rounds one number. Random numbers have them; a power of two
     multiplies these exactly.
     """
-    if [c.shape for c in cotangents] == [()]:
+    if _is_one_number(cotangents):
         multiple = jnp.asarray(of_scalar, cotangents[0].dtype)
         return float(jnp.real(multiple)), [jnp.stack([multiple, cotangents[0]])]
     draws = []
@@ -621,13 +625,21 @@ def _distance(a: Any, b: Any) -> np.ndarray:
 
 
 def _cotangents(outputs: list[Any], key: PRNGKeyArray) -> list[Any]:
-    """A random cotangent for each output, with all the digits of its dtype; 1 for a single scalar."""
-    if [output.shape for output in outputs] == [()]:
+    """A random cotangent for each output, with all the digits of its dtype; 1 for a single scalar.
+
+    Their mean is not near 0, so that a rule that forgets a mean of them is seen.
+    """
+    if _is_one_number(outputs):
         return [jnp.ones((), outputs[0].dtype)]
     keys = jax.random.split(key, len(outputs))
     return [
-        jax.random.normal(each, out.shape, out.dtype) for each, out in zip(keys, outputs, strict=True)
+        jax.random.normal(each, out.shape, out.dtype) + 0.5
+        for each, out in zip(keys, outputs, strict=True)
     ]
+
+
+def _is_one_number(arrays: list[Any]) -> bool:
+    return [x.shape for x in arrays] == [()]
 
 
 def _refuse_other_shapes(name: str, outputs: list[Any], expected: list[Any]) -> None:

@@ -4,6 +4,7 @@ import functools
 import reprlib
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -70,7 +71,7 @@ class Rule(NamedTuple):
     Attributes:
         kind: The JAX function that makes such a rule: "custom_vjp", "custom_jvp", "linear_call",
             "custom_linear_solve" or "custom_root".
-        name: The name of the function that the rule belongs to.
+        name: The name of the function that the rule belongs to; of a lambda also its file and line.
         calls: How many calls of it there are; one in a loop counts once.
         compared: Whether it was removed from the reference, so that the two were compared.
     """
@@ -98,7 +99,7 @@ class Removal:
 
     Attributes:
         rules: How often each (kind, name, whether removed) was met.
-        stopped: How many `stop_gradient` there are, but for those in what removed rules belong to.
+        stopped: How many `stop_gradient` stop a gradient, but for those in what removed rules belong to.
         used: Whether a derivative inside has used a rule, which is not there any more.
         random: Whether random numbers are drawn.
         opaque: Operations left alone that hold rules.
@@ -116,6 +117,7 @@ class Removal:
         """A jaxpr, or whatever holds jaxprs among an equation's parameters, without custom rules."""
         # Open before closed: from JAX 0.12 on the two are one class.
         if isinstance(part, jax_core.Jaxpr):
+            self.stopped += _stopped(part)
             return part.replace(eqns=[self._equation(equation) for equation in part.eqns])
         if isinstance(part, jax_core.ClosedJaxpr):
             return part.replace(jaxpr=self.of(part.jaxpr))
@@ -131,7 +133,6 @@ class Removal:
 
     def _equation(self, equation: Any) -> Any:
         name, params = equation.primitive.name, equation.params
-        self.stopped += name == "stop_gradient"
         self.random |= name in ("random_bits", "random_gamma", "rng_uniform", "rng_bit_generator")
         if "jvp" in str(equation.source_info.name_stack):
             self.used |= name not in _BODIES | _JVP_BODIES and _is_of_a_rule(equation)
@@ -189,8 +190,22 @@ class Removal:
 
 
 def _name(body: Any) -> str:
-    """The name of the function that became this jaxpr."""
-    return getattr(getattr(body, "jaxpr", body).debug_info, "func_name", None) or "a function"
+    """The name of the function that became this jaxpr, and where a function without a name stands."""
+    about = getattr(body, "jaxpr", body).debug_info
+    name = getattr(about, "func_name", None) or "a function"
+    if name == "<lambda>" and about.func_filename:
+        name += f" at {Path(about.func_filename).name}:{about.func_lineno}"
+    return name
+
+
+def _stopped(jaxpr: Any) -> int:
+    """How many equations stop a gradient that would come from an output."""
+    reached, count = set(map(id, filter(_is_inexact, jaxpr.outvars))), 0
+    for equation in reversed(jaxpr.eqns):
+        if not reached.isdisjoint(map(id, equation.outvars)):
+            reached.update(map(id, filter(_is_inexact, equation.invars)))
+            count += equation.primitive.name == "stop_gradient"
+    return count
 
 
 def _is_of_a_rule(equation: Any) -> bool:
@@ -207,11 +222,15 @@ def coarsest(jaxpr: Any) -> float:
     eps = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         for value in equation.outvars:
-            if jnp.issubdtype(getattr(value.aval, "dtype", bool), jnp.inexact):
+            if _is_inexact(value):
                 eps = max(eps, float(jnp.finfo(value.aval.dtype).eps))
         for part in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_program):
             eps = max(eps, coarsest(part) if _is_program(part) else 0.0)
     return eps
+
+
+def _is_inexact(value: Any) -> bool:
+    return jnp.issubdtype(getattr(value.aval, "dtype", bool), jnp.inexact)
 
 
 def _is_program(part: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +161,30 @@ def test_what_hides_a_gradient_is_told():
         assert [row.verdict()[:5] for row in comparison.rows] == ["right", "wrong"], function
     with pytest.raises(AssertionError, match="gradient of x"):
         js.compare_gradients(zeroed, X).assert_close()
+    # A gradient that nothing needs is not hidden: the cost shifts its logits by their largest.
+    costs = (js.log_likelihood_cost, lambda x, y: js.linear_log_likelihood_cost(x, jnp.eye(3), None, y))
+    for cost in costs:
+        assert js.compare_gradients(cost, X, 0).notes == ()
+
+
+def test_a_mean_of_the_cotangent_that_is_dropped_is_found_in_bfloat16():
+    centred = ruled(lambda c: c, lambda x: x - x.mean(), jnp.ones_like)
+    for size in (16, 64, 4096):
+        x = jax.random.normal(jax.random.key(size), size, jnp.bfloat16)
+        assert not js.compare_gradients(centred, x).rows[1].is_right(), size
+
+
+def test_a_table_says_what_its_gradients_are():
+    step = jax.custom_vjp(lambda x: jnp.maximum(x, 0))
+    step.defvjp(lambda x: (step(x), x), lambda x, c: (jnp.where(x > 0, c, 0),))
+    x = jnp.array([1.0, 0.0, -1.0])
+    gradient = js.compare_gradients(step, x).rows[1]
+    assert gradient.verdict() == "right at a kink"
+    assert (gradient.worst, gradient.custom_ulps) == ((1,), 0)
+    table = str(js.compare_gradients(step, x))
+    assert re.search(r"<lambda> at test_verdicts.py:\d+ \(custom_vjp\)", table)
+    assert "gradients are those of all outputs times random numbers, added up" in table
+    assert "random" not in str(js.compare_gradients(lambda x: step(x).sum(), x))
 
 
 def transformer(parameters, x):
