@@ -341,13 +341,13 @@ def draw(by_classes: list[tuple[float, float]], by_rows: list[tuple[float, float
     """The head's memory beside that of the logits alone, by classes and by rows."""
     plt.switch_backend("agg")
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    for axes, counts, found, title, other in (
-        (panels[0], CLASSES, by_classes, "1,024 rows, by classes", 1024),
-        (panels[1], ROWS, by_rows, "32,000 classes in blocks of 128 rows, by rows", 32_000),
+    for axes, counts, found, title, count_of, other in (
+        (panels[0], CLASSES, by_classes, "1,024 rows", "classes", 1024),
+        (panels[1], ROWS, by_rows, "32,000 classes, blocks of 128 rows", "rows", 32_000),
     ):
         axes.loglog(counts, [megabytes for _, megabytes in found], "o-", label="head, beyond its results")
         axes.loglog(counts, [count * other * 4 / 1e6 for count in counts], "k:", label="the logits alone")
-        axes.set(title=title, ylabel="megabytes")
+        axes.set(title=title, xlabel=f"number of {count_of}", ylabel="temporary memory (MB)")
         axes.legend()
     figure.savefig(HERE / "head.png", dpi=100)
 

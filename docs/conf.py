@@ -57,8 +57,39 @@ def signature_as_written(_app, _what, _name, obj, *_):
     return f"({', '.join(fields)})", None
 
 
+# A docstring's formulas, in plain characters, and what TeX calls these.
+TEX = {
+    "Σ": r"\sum", "∂": r"\partial ", "½": r"\tfrac12", "−": "-", "²": "^2", "ᵀ": r"^\top", "⊙": r"\odot",
+    "≠": r"\ne ", "₁": "_1", "₂": "_2", "₃": "_3", "α": r"\alpha ", "δ": r"\delta", "ζ": r"\zeta ",
+    "λ": r"\lambda ", "[": r"\bigl[", "]": r"\bigr]", "ln ": r"\ln ", "exp": r"\exp",
+    "log1p": r"\mathrm{log1p}", "softmax": r"\mathrm{softmax}", "ReLU": r"\mathrm{ReLU}",
+    "hidden": r"\mathrm{hidden}", " if ": r"\quad\text{if }", ", ": r",\qquad ",
+    " otherwise": r"\quad\text{otherwise}",
+}  # fmt: skip
+
+
+def in_tex(formula):
+    """A formula of a docstring."""
+    formula = re.sub(r"\(([^()]*\(.*\).*)\)/(N)", r"\\frac{\1}{\2}", formula)
+    formula = re.sub(r"(∂[^/ ]*|[1αλ])/(∂[^ ]+|[NK2])", r"\\frac{\1}{\2}", formula)
+    formula = re.sub(r"(exp \S+) / (Σ_k exp \S+)", r"\\frac{\1}{\2}", formula)
+    return re.sub("|".join(map(re.escape, TEX)), lambda found: TEX[found[0]], formula)
+
+
+def with_formulas(lines):
+    """The lines of a docstring, its formulas typeset: what is indented above the first section."""
+    is_above = True
+    for line in lines:
+        is_above = is_above and not re.fullmatch(r"\w+:", line)
+        if is_above and line.startswith("    "):
+            yield from (f".. math:: {in_tex(line.strip())}", "")
+        else:
+            yield line
+
+
 def docstring_as_markup(_app, _what, _name, obj, _options, lines):
     """What the docstrings leave to the reader's eye, said to Sphinx."""
+    lines[:] = with_formulas(lines)
     arguments = "|".join(inspect.signature(obj).parameters)
     for number, line in enumerate(lines):
         # Before napoleon, which would take what stands before a colon for the type.
@@ -68,7 +99,17 @@ def docstring_as_markup(_app, _what, _name, obj, _options, lines):
         lines[number] = line.replace("(*batch", r"(\*batch")
 
 
+def names_break_between_words(_app, _page, _template, context, _tree):
+    """On a narrow screen a long name in code goes on after one of its own signs, not inside a word."""
+    context["body"] = re.sub(
+        r'(?<=<span class="pre">)[^<]+',
+        lambda code: re.sub(r"(?<=[_.(,=/])(?=\w)", "<wbr>", code[0]),
+        context.get("body", ""),
+    )
+
+
 def setup(app):
-    """Connects both, ahead of napoleon."""
+    """Connects all, and docstrings ahead of napoleon."""
+    app.connect("html-page-context", names_break_between_words)
     app.connect("autodoc-process-signature", signature_as_written)
     app.connect("autodoc-process-docstring", docstring_as_markup, priority=400)

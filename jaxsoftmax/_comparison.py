@@ -104,15 +104,15 @@ class GradientComparison(NamedTuple):
     def __str__(self) -> str:
         """The rows as a table, and what is to be said of them."""
         header = (
-            "", "path", "shape", "dtype", "norm", "difference", "relative", "worst at", "custom",
-            "reference", "float64", "custom error", "reference error", "verdict",
+            "", "path", "verdict", "shape", "dtype", "norm", "difference", "relative", "worst at",
+            "custom", "reference", "float64", "custom error", "reference error",
         )  # fmt: skip
         lines = [
             (
-                row.kind, row.path, str(row.shape), row.custom_dtype, _number(row.norm, ".3g"),
-                _number(row.difference, ".1e"), _number(row.relative, ".1e"), str(row.worst),
-                _number(row.custom), _number(row.reference), _number(row.truth),
-                _error(row, row.custom_ulps, row.custom_nonfinite), _reference_error(row), row.verdict(),
+                row.kind, row.path, row.verdict(), str(row.shape), row.custom_dtype,
+                _number(row.norm, ".3g"), _number(row.difference, ".1e"), _number(row.relative, ".1e"),
+                str(row.worst), _number(row.custom), _number(row.reference), _number(row.truth),
+                _error(row, row.custom_ulps, row.custom_nonfinite), _reference_error(row),
             )
             for row in self.rows
         ]  # fmt: skip

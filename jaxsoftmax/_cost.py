@@ -81,16 +81,23 @@ def log_likelihood_cost(
     normalizer: Number | None = None,
     class_axis: MeshAxis = None,
 ) -> Float[Array, "..."]:
-    """Log-likelihood cost of the softmax of `logits`: C = −Σ_k y_k ln a_k, also called cross-entropy.
+    """Log-likelihood cost of the softmax of `logits`, also called cross-entropy.
 
-    With m the row's maximum and r the sum of exp(z_k − m) over all classes but the winner,
-    an example costs Σ_k y_k [(m − z_k) + log1p(r)], and its gradient is
-    ∂C/∂z_j = a_j − y_j, for the winner a_w Σ_{k≠w} y_k − y_w (1 − a_w) with 1 − a_w taken from r.
-    Neither loses digits, however confident the prediction. The mean's gradient carries 1/N.
+        C = −Σ_k y_k ln a_k
+        ∂C/∂z_j = a_j − y_j
 
-    In full, with targets q_k = (1 − α) y_k + α/K, class weights w and sample weight v, an example costs
-    v [Σ_k w_k q_k (−ln a_k) + ζ (ln Σ_k exp z_k)² Σ_k w_k y_k] and weighs v Σ_k w_k y_k in the mean.
-    Without class weights Σ_k w_k y_k stands for 1.
+    The mean's gradient carries 1/N. Neither cost nor gradient loses digits, however confident the
+    prediction: what is nearly 1 is never subtracted from 1. With integer labels y, the label's own
+    exponential is left out of the sum:
+
+        C = log1p(Σ_{k≠y} exp(z_k − z_y))
+
+    In full, with targets q, class weights w and sample weight v, an example costs
+
+        q_k = (1 − α) y_k + α/K
+        v [−Σ_k w_k q_k ln a_k + ζ (ln Σ_k exp z_k)² Σ_k w_k y_k]
+
+    and weighs v Σ_k w_k y_k in the mean. Without class weights Σ_k w_k y_k stands for 1.
 
     Args:
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
@@ -99,7 +106,7 @@ def log_likelihood_cost(
         axis: The class axis. Several count as one, in the order given, and None as all: the number of
             a class is its position in them.
         where: The classes that exist, a bool mask broadcastable to `logits`; all if None. A class that
-            does not counts as one with logit −inf, and takes no share of the smoothing.
+            does not exist has probability 0, as with logit −inf, and takes no share of the smoothing.
         sample_weight: v, a number for each example (*batch), or a bool mask. An example of weight 0
             counts for nothing, whatever it holds: NaN, infinity, or a label that names no class. With
             negative ones, such as advantages, set `normalizer` to the number of examples: the mean
@@ -165,12 +172,14 @@ def quadratic_cost(
     reduction: Reduction = "mean",
     class_axis: MeshAxis = None,
 ) -> Float[Array, "..."]:
-    """Quadratic cost of the softmax of `logits`: C = ½ Σ_k (a_k − y_k)².
+    """Quadratic cost of the softmax of `logits`.
 
-    Its gradient ∂C/∂z_j = a_j [(a_j − y_j) − Σ_k a_k (a_k − y_k)] carries the softmax's derivative,
-    which vanishes for a saturated output, right or wrong: the learning slowdown that the
-    log-likelihood cost does not have. Both factors are computed from the row's rest: however small all
-    gradients of a saturated row are, the largest keeps its digits, and no other is off by more than they.
+        C = ½ Σ_k (a_k − y_k)²
+        ∂C/∂z_j = a_j [(a_j − y_j) − Σ_k a_k (a_k − y_k)]
+
+    Its gradient carries the softmax's derivative, which vanishes for a saturated output, right or wrong:
+    the learning slowdown that the log-likelihood cost does not have. Even where all gradients of a row
+    are small, the largest keeps its digits, and no other is off by more than these.
 
     Args:
         logits: As for `log_likelihood_cost`.
@@ -206,7 +215,9 @@ def quadratic_cost(
 
 
 def weight_penalty(params: PyTree) -> Float[Array, ""]:
-    """Weight penalty ½ Σ w², with gradient w: multiply by λ and add it to a cost.
+    """Weight penalty, with gradient w: multiply by λ and add it to a cost.
+
+        ½ Σ w²
 
     Args:
         params: Any pytree. Its weights are the real floating-point arrays with two or more axes;

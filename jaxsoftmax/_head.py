@@ -149,8 +149,12 @@ def linear_log_likelihood_cost(
     """Log-likelihood cost of the layer `features @ weights + bias`, whose logits are never held at once.
 
     Equal to `log_likelihood_cost(features @ weights + bias, labels)`, and as exact. With x the features,
-    w the weights, a the probabilities and y the targets, the gradient is the sum over blocks of rows of
-    ∂C/∂w = xᵀ (a − y), ∂C/∂b = Σ_n (a − y), ∂C/∂x = (a − y) wᵀ, each block's logits used and dropped.
+    w the weights, a the probabilities and y the targets, the gradient is a sum over blocks of rows, and
+    each block's logits are used and dropped:
+
+        ∂C/∂w = xᵀ (a − y)
+        ∂C/∂b = Σ_n (a − y)
+        ∂C/∂x = (a − y) wᵀ
 
     For "mean" and "sum" a differentiated call forms the gradient in its forward pass: three matrix
     products in all. For "none" the backward pass computes the logits again, four in all, and each
@@ -299,10 +303,13 @@ def head_statistics(
 ) -> HeadStatistics:
     """Statistics of the softmax of `features @ weights + bias`, whose logits are never held at once.
 
-    They are differentiable but for the numbers of classes, so that costs of one's own can be made of
-    them: policy gradients, an entropy bonus, a penalty on the log-normaliser. With the entropy H, a
-    cotangent of each is one of the logits: c₁ a_j + c₂ a_j (−ln a_j − H) + c₃ (y_j − a_j). The backward
-    pass computes the logits again: four products in all, with one block in memory, as for
+    Log-normaliser, entropy H and the label's log-likelihood are differentiable, so that costs of one's
+    own can be made of them: policy gradients, an entropy bonus, a penalty on the log-normaliser. Their
+    cotangents c₁, c₂ and c₃ are together this one of the logits:
+
+        c₁ a_j + c₂ a_j (−ln a_j − H) + c₃ (y_j − a_j)
+
+    The backward pass computes the logits again: four products in all, with one block in memory, as for
     `linear_log_likelihood_cost(..., reduction="none")`.
 
     Args:

@@ -200,8 +200,9 @@ def network_cost(
 ) -> Float[Array, "..."]:
     """Log-likelihood cost of FC → FC → softmax, plus a penalty on the weights.
 
-    C = −(1/N) Σ_n Σ_k y_k ln a_k + (λ/2) Σ w², the sum taken over the weights of both layers, not the
-    biases.
+        C = −1/N Σ_n Σ_k y_k ln a_k + λ/2 Σ w²
+
+    The last sum is over the weights of both layers, not the biases.
 
     Args:
         network: The parameters.
@@ -246,8 +247,17 @@ def backpropagate(
 ) -> tuple[Float[Array, ""], Network]:
     """Cost and gradient of FC → FC → softmax with ReLU, written out by hand.
 
-    With a the hidden layer's output, the gradient runs from the cost back to the first layer:
-    ∂C/∂z = (softmax(z) − y)/N,  ∂C/∂w = aᵀ ∂C/∂z,  ∂C/∂b = Σ_n ∂C/∂z,  ∂C/∂a = ∂C/∂z wᵀ.
+    The gradient runs from the cost back to the first layer. Each layer has its δ = ∂C/∂z. With y the
+    targets and w the output layer's weights, these are
+
+        δ = (softmax(z) − y)/N
+        δ_{hidden} = δ wᵀ ⊙ ReLU'(z_{hidden})
+
+    and with a each layer's input, its gradients are
+
+        ∂C/∂w = aᵀ δ
+        ∂C/∂b = Σ_n δ_n
+
     No factor σ'(z) stands in the output layer. This is what `jax.value_and_grad(network_cost)` gives,
     without automatic differentiation.
 

@@ -42,9 +42,12 @@ def softmax(
 ) -> Float[Array, "..."]:
     """Softmax: each logit's share of the whole layer, a probability distribution over the classes.
 
-    a_j = exp(z_j) / Σ_k exp(z_k), with the analytic gradient
-    ∂a_j/∂z_i = a_j (1 − a_j) if i = j, −a_j a_i otherwise,
-    so that a cotangent c gives ∂/∂z_j = a_j (c_j − Σ_k a_k c_k).
+        a_j = exp z_j / Σ_k exp z_k
+        ∂a_j/∂z_i = a_j (1 − a_j) if i = j, −a_j a_i otherwise
+
+    So a cotangent c of the probabilities is this one of the logits:
+
+        a_j (c_j − Σ_k a_k c_k)
 
     Args:
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
@@ -88,9 +91,13 @@ def log_softmax(
 ) -> Float[Array, "..."]:
     """Logarithm of the softmax, exact in both tails.
 
-    ln a_j = (z_j − m) − log1p(r), where m is the row's maximum and r the sum of exp(z_k − m) over
-    all classes but the winner: the winner's log-probability is −log1p(r), never 0 while r > 0.
-    A cotangent c gives ∂/∂z_j = c_j (1 − a_j) − a_j Σ_{k≠j} c_k.
+        ln a_j = (z_j − m) − log1p(r)
+
+    m is the row's maximum, and r the sum of exp(z_k − m) over all classes but the winner. So the
+    winner's log-probability is −log1p(r), and never 0 while r > 0. A cotangent c is this one of the
+    logits:
+
+        c_j (1 − a_j) − a_j Σ_{k≠j} c_k
 
     Args:
         logits: Real floating-point numbers (*batch, classes), classes along `axis`.
@@ -123,8 +130,10 @@ def log_softmax(
 def softmax_jacobian(logits: FloatArray) -> Float[Array, "..."]:
     """Jacobian of the softmax: the two cases of its derivative, side by side.
 
-    J_ji = ∂a_j/∂z_i = a_j (1 − a_j) if i = j, −a_j a_i otherwise. The diagonal takes 1 − a_j from the
-    other classes' sum, so it keeps its digits however near a_j is to 1.
+        J_{ji} = ∂a_j/∂z_i = a_j (1 − a_j) if i = j, −a_j a_i otherwise
+
+    The diagonal takes 1 − a_j from the other classes' sum, so it keeps its digits however near a_j is
+    to 1.
 
     Args:
         logits: Real floating-point numbers (*batch, classes).

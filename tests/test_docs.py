@@ -233,6 +233,49 @@ def test_it_is_readable(browser, width, scheme):
     assert (lightness > 0.5) == (scheme == "light")
 
 
+@pytest.mark.usefixtures("page")
+def test_no_word_is_broken_on_a_telephone(browser):
+    show(browser, 390, "light")
+    broken = browser.execute_async_script("""
+        const done = arguments[0];
+        setTimeout(() => {
+            const walker = document.createTreeWalker(
+                document.querySelector("article"), NodeFilter.SHOW_TEXT);
+            const broken = [], range = document.createRange();
+            for (let node; (node = walker.nextNode()); ) {
+                if (node.parentElement.closest("script, style, svg, mjx-assistive-mml")) continue;
+                for (const word of node.data.matchAll(/[\\p{L}\\p{N}]+/gu)) {
+                    range.setStart(node, word.index);
+                    range.setEnd(node, word.index + word[0].length);
+                    const tops = new Set([...range.getClientRects()].map(each => Math.round(each.top)));
+                    if (tops.size > 1) broken.push(word[0]);
+                }
+            }
+            done(broken);
+        }, 200)""")
+    assert broken == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_verdicts_are_seen(browser, address, width):
+    show(browser, width, "light")
+    browser.get(address + "comparing.html")
+    seen = browser.execute_script("""
+        const seen = [];
+        for (const table of document.querySelectorAll(".cell_output pre")) {
+            const at = table.textContent.indexOf("verdict");
+            if (at < 0) continue;
+            const node = document.createTreeWalker(table, NodeFilter.SHOW_TEXT).nextNode();
+            const range = document.createRange();
+            range.setStart(node, at);
+            range.setEnd(node, at + 7);
+            seen.push(range.getBoundingClientRect().right < table.getBoundingClientRect().right);
+        }
+        return seen""")
+    assert len(seen) > 1
+    assert all(seen)
+
+
 def numbers(colour):
     *rgb, alpha = [*map(float, colour[colour.index("(") + 1 : -1].replace(",", " ").split()), 1.0][:4]
     return rgb, alpha
@@ -270,11 +313,11 @@ def test_search_finds_the_cost(browser, address):
     found = browser.execute_async_script("""
         const done = arguments[0];
         const results = () => [...document.querySelectorAll("#search-results li a")];
-        const target = "api.html#jaxsoftmax.log_likelihood_cost";
+        const target = "api-cost.html#jaxsoftmax.log_likelihood_cost";
         const start = Date.now();
         (function look() {
             const links = results().map(each => each.href);
             if (links.some(link => link.endsWith(target)) || Date.now() - start > 10000) done(links);
             else setTimeout(look, 100);
         })()""")
-    assert address + "api.html#jaxsoftmax.log_likelihood_cost" in found
+    assert address + "api-cost.html#jaxsoftmax.log_likelihood_cost" in found
