@@ -352,7 +352,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", every(3, list(CASES)))
+@pytest.mark.parametrize("name", every(4, list(CASES)))
 def test_right_rules_pass_and_faults_are_found(name):
     make, fault, arguments, dtype, options = CASES[name]
     with jax.enable_x64(dtype == "float64"):

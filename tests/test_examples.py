@@ -79,12 +79,6 @@ def digits(example, monkeypatch):
     return module
 
 
-def test_digits_gives_the_same_result_for_the_same_seed(digits):
-    first, again, other = (digits.main([*SMALL, "--epochs", "2", "--seed", seed]) for seed in "001")
-    assert first.history == again.history
-    assert first.history != other.history
-
-
 def assert_same_run(actual, expected):
     assert actual.history == expected.history
     for a, b in zip(jax.tree.leaves(actual.network), jax.tree.leaves(expected.network), strict=True):
@@ -112,6 +106,7 @@ def test_digits_ends_with_the_same_bits_however_often_it_is_killed(digits, tmp_p
     assert list(folder.iterdir())
     resumed = digits.main([*options, "--checkpoint", str(folder)])
     assert_same_run(resumed, digits.main(options))
+    assert resumed.history != digits.main([*options, "--seed", "1"]).history
     assert len(list(folder.iterdir())) == 3
 
 
@@ -366,14 +361,9 @@ def test_language_model_gives_the_same_result_for_the_same_seed(
     module = example("language_model")
     monkeypatch.setattr(module, "draw", lambda *_: None)
     main = module.main
-    first, again, other = (
-        main(tiny(small_text, tmp_path / "a.png", "--epochs", "1", *more))
-        for more in ([], [], ["--seed", "1"])
-    )
+    first, again = (main(tiny(small_text, tmp_path / "a.png", "--epochs", "1")) for _ in range(2))
     assert first.history[:2] == again.history[:2]
     assert first.samples == again.samples
-    assert first.history.cost != other.history.cost
-    assert first.samples != other.samples
     assert all(len(text.split()) > 20 and "<unknown>" not in text for text in first.samples)
 
 
