@@ -38,15 +38,15 @@ def compare_gradients(
     """Compares a function's values and gradients with a reference's, and both with float64.
 
     A custom result is right if it has its argument's or output's dtype, and each of its entries is
-    within some ulps of float64, or within twice the reference's own largest error, here and with arguments
-    one ulp away. The ulp is that of
-    the leaf's largest entry: an error of rounding grows with what is summed, not with the size of the
-    array, so one wrong row fails among millions, and nothing that is right fails for being large. A
-    reference that is itself far off excuses nothing: its error counts up to 1/256 of the largest entry of
-    all gradients (1/32 for bfloat16 and float16) and not at all if it is not finite, so that a factor
-    1.01 fails (1.07 in bfloat16). A gradient that is truly 0, as of a bias in front of a normalisation,
-    may so be as small as the reference's noise. A result that is the reference's to the last bit is
-    right whatever float64 says, but for overflow and NaN: no rule has changed it.
+    within some ulps of float64, or within twice the reference's own largest error, here and with
+    arguments one ulp away. The ulp is that of the leaf's largest entry: an error of rounding grows with
+    what is summed, not with the size of the array, so one wrong row fails among millions, and nothing
+    that is right fails for being large. A reference that is itself far off excuses nothing: its error
+    counts up to 1/256 of the largest entry of all gradients (1/32 for bfloat16 and float16) and not at
+    all if it is not finite, so that a factor 1.01 fails (1.07 in bfloat16). A gradient that is truly 0,
+    as of a bias in front of a normalisation, may so be as small as the reference's noise. A result that
+    is the reference's to the last bit is right whatever float64 says, but for overflow and NaN: no rule
+    has changed it.
 
     A gradient r(c) must also be linear in the cotangent c. Of one scalar, r(−50.3) = −50.3 r(1). Of other
     outputs, r(−64c) = −64 r(c), and r of some of c's entries and r of the others add up to r(c).
@@ -69,8 +69,8 @@ def compare_gradients(
             plain autodiff of `function` has them. "differences" has differences judge every gradient.
         argnums: The arguments to differentiate in; all if None. The others are not traced.
         has_aux: Whether `function` and `reference` return a pair whose second part is not compared.
-        key: Draws the cotangents, one for each entry of each output; `jax.random.key(0)` if None. They are
-            normal around ½. A function of one scalar has cotangent 1, so that its gradient is compared.
+        key: Draws the cotangents, one for each entry of each output; `jax.random.key(0)` if None. They
+            are normal around ½. A function of one scalar has cotangent 1, so that its gradient is compared.
         precision: What the truth is computed in. It is the arguments' own by itself where float64 cannot
             run, or draws other random numbers.
         jvp: Whether `jax.custom_jvp` rules are compared too, and those of `jax.lax.custom_linear_solve`.
