@@ -69,8 +69,9 @@ def compare_gradients(
             plain autodiff of `function` has them. "differences" has differences judge every gradient.
         argnums: The arguments to differentiate in; all if None. The others are not traced.
         has_aux: Whether `function` and `reference` return a pair whose second part is not compared.
-        key: Draws the cotangents, one for each entry of each output; `jax.random.key(0)` if None. They
-            are normal around ½. A function of one scalar has cotangent 1, so that its gradient is compared.
+        key: Draws the cotangents, one for each entry of each output, normal around ½;
+            `jax.random.key(0)` if None. A function of one scalar has cotangent 1, so that its gradient is
+            compared.
         precision: What the truth is computed in. It is the arguments' own by itself where float64 cannot
             run, or draws other random numbers.
         jvp: Whether `jax.custom_jvp` rules are compared too, and those of `jax.lax.custom_linear_solve`.
