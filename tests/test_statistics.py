@@ -178,9 +178,9 @@ ALL = {
         [
             ("integer", "float64", BENT, True, 4),
             ("integer", "float32", {}, None, 4),
-            ("probabilities", "float32", BENT, False, None),
-            ("integer", "bfloat16", {"logit_scale": 0.5}, False, None),
             ("teacher", "float32", BENT, None, 4),
+            ("integer", "bfloat16", {"logit_scale": 0.5}, False, None),
+            ("probabilities", "float32", BENT, False, None),
             ("sparse", "float32", {"logit_scale": 0.5}, True, 4),
         ],
     ),
