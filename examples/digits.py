@@ -161,7 +161,7 @@ def train(options: argparse.Namespace, data: Data, training: Training) -> tuple[
     try:
         numbers, total = range(run.epochs, options.epochs), options.epochs
         # Short enough for 80 columns.
-        form = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {remaining} left, {postfix}"
+        form = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
         with tqdm(numbers, "training", total, initial=run.epochs, bar_format=form) as progress:
             for number in progress:
                 state, records = epoch(run.state, data.training, data.test, number)
@@ -269,8 +269,8 @@ def where_sure(network: js.Network, examples: Examples, lead: float = 40) -> dic
 
 def print_errors(errors: dict[str, dict[str, float]], sure: dict[str, float]) -> None:
     """A row for each parameter, a column for each way; then the gradient where the network is sure."""
-    print("\nGradient of the trained network: largest error of each way, in float32 ulps of the")
-    print("largest entry of the float64 gradient")
+    print("\nGradient of the trained network: largest error of each way, in ulps. One ulp is the")
+    print("distance of neighbouring float32 numbers, at the largest entry of the float64 gradient.")
     print(f"{'parameter':16}" + "".join(f"{way:>21}" for way in errors))
     for parameter in next(iter(errors.values())):
         print(f"{parameter:16}" + "".join(f"{by[parameter]:21.3f}" for by in errors.values()))
@@ -433,6 +433,10 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         sys.exit(
             "training diverged: the cost is no longer finite; try a lower --learning-rate or --penalty"
         )
+    features, classes = data.training.x.shape[1], data.classes
+    print(
+        f"handwritten digits, network {features} → {options.hidden} → {classes}, {options.epochs} epochs"
+    )
     print(f"training accuracy {history.train_accuracy[-1]:.2%} of {len(data.training.labels)} images")
     print(f"test accuracy     {history.test_accuracy[-1]:.2%} of {len(data.test.labels)} images")
     print("checking the gradient", file=sys.stderr)

@@ -49,8 +49,8 @@ def with_hints(function: Function) -> Function:
         for name in kwargs.keys() - known.keys():
             hint = HINTS.get(name, "its docstring has all of them")
             raise TypeError(
-                f"{function.__name__} has no argument {name!r}: {hint}. docs/coming-from.md lists what "
-                "arguments of other libraries are here"
+                f"{function.__name__} has no argument {name!r}: {hint}. The README's table 'Coming from "
+                "elsewhere' names the arguments of other libraries"
             )
         return function(*args, **kwargs)
 
@@ -217,7 +217,8 @@ def _check_range(labels: Any, classes: Any, weight: Any) -> None:
     if known.size and not (0 <= known.min() and known.max() < classes):
         raise ValueError(
             f"labels must be in [0, {classes}) for {classes} classes, got {known.min()} to "
-            f"{known.max()}. To leave an example out of a cost, set its sample_weight to 0"
+            f"{known.max()}. To leave an example out of a cost, set its sample_weight to 0; to leave it "
+            "out of statistics, give it any class and do not count it"
         )
 
 

@@ -31,7 +31,7 @@ class GradientRow(NamedTuple):
     worst: tuple[int, ...]  # Where custom is furthest from the truth; at a kink, from the reference.
     custom: float | complex  # The values there.
     reference: float | complex  # NaN where there is none.
-    truth: float | complex
+    truth: float | complex  # NaN at a kink.
     custom_ulps: float  # The custom result's own error, and the reference's.
     reference_ulps: float
     custom_nonfinite: int  # How many entries are NaN or infinite.
@@ -60,7 +60,7 @@ class GradientRow(NamedTuple):
         if ulps is None:
             ulps = 4 if jnp.finfo(self.dtype).bits < 32 else 32
         if self.custom_ulps > max(ulps, self.as_close):
-            return "wrong"
+            return f"wrong: {self.custom_ulps:.3g} ulp off, right is {max(ulps, self.as_close):.3g}"
         return "right" + {"custom": " by differences", "kink": " at a kink"}.get(
             self.differences or "", ""
         )
@@ -72,6 +72,11 @@ class GradientRow(NamedTuple):
 
 class GradientComparison(NamedTuple):
     """What `compare_gradients` found: `rows` as plain data, `str()` as a table.
+
+    The table has the true array's norm; the largest difference between custom and reference, and the
+    same over the largest true entry; where custom is worst, with the values of all three there; and the
+    largest error of custom and of reference. One ulp is the distance of neighbouring numbers of the
+    array's dtype, at its largest true entry. 32 are right in any case, 4 in bfloat16 and float16.
 
     Attributes:
         rows: A row of numbers for each output and each argument, with its path, shape and dtype.
@@ -111,8 +116,9 @@ class GradientComparison(NamedTuple):
             (
                 row.kind, row.path, row.verdict(), str(row.shape), row.custom_dtype,
                 _number(row.norm, ".3g"), _number(row.difference, ".1e"), _number(row.relative, ".1e"),
-                str(row.worst), _number(row.custom), _number(row.reference), _number(row.truth),
-                _error(row, row.custom_ulps, row.custom_nonfinite), _reference_error(row),
+                str(row.worst), f"{row.custom:.7g}", f"{row.reference:.7g}", f"{row.truth:.7g}",
+                _error(row, row.custom_ulps, row.custom_nonfinite),
+                _error(row, row.reference_ulps, row.reference_nonfinite),
             )
             for row in self.rows
         ]  # fmt: skip
@@ -170,11 +176,6 @@ class GradientComparison(NamedTuple):
 
 def _number(number: float | complex, form: str = ".7g") -> str:
     return format(number, form) if math.isfinite(abs(number)) else "-"
-
-
-def _reference_error(row: GradientRow) -> str:
-    # At a kink the reference's slope may be right as well.
-    return "-" if row.differences == "kink" else _error(row, row.reference_ulps, row.reference_nonfinite)
 
 
 def _error(row: GradientRow, ulps: float, nonfinite: int) -> str:

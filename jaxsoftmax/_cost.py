@@ -133,9 +133,9 @@ def log_likelihood_cost(
     Raises:
         TypeError: If logits, labels, mask or weights have the wrong kind of dtype (bool labels
             included).
-        ValueError: If shapes do not fit, an option is out of its range, weights known outside jit, some
-            of them negative, do not add up to more than 0 for "mean", or an integer label known outside
-            jit is not in [0, classes). Under jit such a label gives NaN, in the example's cost and in its
+        ValueError: If shapes do not fit, an option is out of its range, sample weights known outside jit,
+            some of them negative, do not add up to more than 0 for "mean", or an integer label known
+            outside jit is not in [0, classes). Under jit such a label gives NaN in the example's cost and
             gradient, which the float checks of `jax.experimental.checkify` report.
 
     Note:

@@ -50,12 +50,12 @@ def judge(
     cotangents: Arrays,
     contradiction: Contradiction,
     eps: float,
-) -> tuple[list[Verdict | None], list[np.ndarray], list[Any], int]:
+) -> tuple[list[Verdict | None], list[np.ndarray], list[np.ndarray], list[Any], int]:
     """Which gradients the differences of a function agree with, by argument.
 
-    With them come the true gradients as far as they are known, NaN elsewhere; where a direction alone is
-    known, the slopes along it by custom, reference and differences; and how often the function was
-    evaluated.
+    With them come the true gradients as far as they are known, NaN elsewhere, and the custom ones where
+    they are right at a kink; which entries these are; where a direction alone is known, the slopes along
+    it by custom, reference and differences; and how often the function was evaluated.
 
     For a direction v, ⟨c, f(x + hv) − f(x − hv)⟩ / 2h is held against ⟨gradient, v⟩.
 
@@ -74,7 +74,8 @@ def judge(
         judged.entries()
     else:
         judged.arrays()
-    return [_gravest(each) for each in judged.found], judged.truths, judged.slopes, judged.line.used
+    verdicts: list[Verdict | None] = [_gravest(each) for each in judged.found]
+    return verdicts, judged.truths, judged.kinks, judged.slopes, judged.line.used
 
 
 class _Judge:
@@ -86,6 +87,7 @@ class _Judge:
         self._steps = list(_STEPS[self._precise])
         self._generator = np.random.default_rng(0)
         self.found: list[list[Verdict]] = [[] for _ in arguments]
+        self.kinks = [np.zeros(g.shape, bool) for g in custom]
         self.truths = [np.full(g.shape, np.nan, g.dtype) for g in custom]
         self.slopes: list[Any] = [None] * len(custom)
         # What is small beside the value may be rounding. An entry whose own size moves more goes by it.
@@ -218,6 +220,7 @@ class _Judge:
             self.found[i].append(verdict)
             if verdict in ("custom", "kink"):
                 self.truths[i][mask] = self._custom[i][mask]
+                self.kinks[i][mask] = verdict == "kink"
             elif verdict == "both":
                 self.truths[i][mask] = self._reference[i][mask]
             elif verdict in _WRONG:

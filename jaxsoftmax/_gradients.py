@@ -318,6 +318,7 @@ class _Result(NamedTuple):
     truth: np.ndarray  # NaN where it is not known.
     noise: np.ndarray  # How far off the reference is.
     differences: Verdict | None = None
+    kinks: Any = False  # Which entries are right at one, and so is any other between its slopes.
 
 
 def _plain_results(task, function, plain, jvp, cotangents, notes) -> list[Any]:
@@ -435,7 +436,7 @@ def _judged(task, function, own, cotangents, custom, results, everywhere, notes)
 
     contradiction = Contradiction(gradients, [results[i].truth for i in at], disputed, digits)
     with wide():
-        verdicts, truths, slopes, used = judge(
+        verdicts, truths, kinks, slopes, used = judge(
             evaluate,
             list(map(_numpy, floats)),
             list(map(_numpy, cotangents)),
@@ -448,12 +449,18 @@ def _judged(task, function, own, cotangents, custom, results, everywhere, notes)
             told = ", ".join(map("{} {:.7g}".format, ("custom", "reference", "differences"), along))
             notes.append(f"gradient of {custom[i].path} along one direction: {told}")
     judged = list(results)
-    for i, mask, verdict, truth in zip(at, disputed, verdicts, truths, strict=True):
+    for i, mask, verdict, truth, kink in zip(at, disputed, verdicts, truths, kinks, strict=True):
+        if kink.any():
+            first = tuple(map(int, np.argwhere(kink)[0]))
+            more = f" and {kink.sum() - 1} more" if kink.sum() > 1 else ""
+            notes.append(
+                f"{custom[i].path} is at a kink at {first}{more}: any slope between both sides' is right"
+            )
         before = results[i].truth
         if everywhere and verdict != "both":
             before = np.where(mask, np.nan, before)
         judged[i] = results[i]._replace(
-            truth=np.where(mask & np.isfinite(truth), truth, before), differences=verdict
+            truth=np.where(mask & np.isfinite(truth), truth, before), differences=verdict, kinks=kink
         )
     return judged
 
@@ -519,7 +526,8 @@ def _row(custom, result, limit) -> GradientRow:
     own, reference, truth = custom.result, result.reference, result.truth
     known = np.isfinite(truth)
     error, reference_error = (
-        np.where(known, _off(x, truth, custom.dtype), 0.0) for x in (own, reference)
+        np.where(known & ~np.asarray(result.kinks), _off(x, truth, custom.dtype), 0.0)
+        for x in (own, reference)
     )
     distance = _distance(own, reference)
     most = distance if result.differences == "kink" else error
@@ -540,7 +548,7 @@ def _row(custom, result, limit) -> GradientRow:
         worst=tuple(int(i) for i in worst),
         custom=own[worst].item() if own.size else 0.0,
         reference=reference[worst].item() if own.size else 0.0,
-        truth=truth[worst].item() if own.size else 0.0,
+        truth=np.where(result.kinks, np.nan, truth)[worst].item() if own.size else 0.0,
         custom_ulps=float(np.max(error, initial=0)) / limit.ulp,
         reference_ulps=float(np.max(reference_error, initial=0)) / limit.ulp,
         custom_nonfinite=int(np.sum(~np.isfinite(own))),

@@ -655,6 +655,8 @@ def _statistics_of(plan, z, bent, labels, on_the_way=None):
     normalizer, entropy, likelihood, number = row_statistics(axes, bent, labels)
     if on_the_way is not None:
         normalizer, likelihood = on_the_way
+        # The cost has taken class 0 for a label that names none and counts for nothing.
+        likelihood = jnp.where(labels < 0, jnp.nan, likelihood)
     # What bends logits changes no order, but may make them equal.
     prediction = number + first if bent is z else winner(axes, z)[:, 0]
     label_rank = None

@@ -209,10 +209,14 @@ def _stopped(jaxpr: Any) -> int:
 
 
 def _is_of_a_rule(equation: Any) -> bool:
-    """Whether JAX came through a custom rule to this equation."""
+    """Whether it comes from a custom rule that says a derivative.
+
+    The forward rule of a `jax.custom_vjp` alone does not: it gives the value.
+    """
+    rule = "__call__" if "transpose" in str(equation.source_info.name_stack) else "custom_jvp.__call__"
     frames = getattr(equation.source_info.traceback, "frames", ())
     return any(
-        frame.file_name.endswith("custom_derivatives.py") and "__call__" in frame.function_name
+        frame.file_name.endswith("custom_derivatives.py") and rule in frame.function_name
         for frame in frames
     )
 

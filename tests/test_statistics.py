@@ -436,3 +436,14 @@ def test_classes_that_float32_cannot_number():
     assert_relative(slopes[[0, 1], labels], -shares / 2, eps_multiple=8)
     others = np.array([[1.0, 1], [1, np.exp(9)]]) / (rest[0] + rest[1])[:, None] / 2
     assert_relative(slopes[:, [0, 2**24 + 1]], others, eps_multiple=8)
+
+
+def test_a_label_that_nobody_counts_has_no_statistics():
+    x, w, labels = jnp.ones((2, 2)), jnp.eye(2, 3), jnp.array([-100, 1])
+    options = {"sample_weight": labels >= 0, "return_statistics": True}
+    for block_size in (None, 1):
+        cost, beside = js.linear_log_likelihood_cost(x, w, None, labels, block_size=block_size, **options)
+        alone = jax.jit(js.head_statistics)(x, w, None, labels)
+        assert np.isfinite(cost)
+        assert list(np.isnan(beside.label_log_likelihood)) == [True, False]
+        assert list(beside.label_rank) == list(alone.label_rank) == [3, 1]
