@@ -15,6 +15,7 @@ from helpers import (
     random_labels,
     random_targets,
 )
+from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as js
 from jaxsoftmax import _blocks, _rows
@@ -78,6 +79,34 @@ def test_exact_at_every_confidence(elsewhere, dtype):
                 (_, cost), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(z, labels)
                 assert_relative(cost, exact_cost, eps_multiple=8)
                 assert_relative(gradient, exact_gradient, eps_multiple=8)
+
+
+# Devices agree alike on all accelerators.
+@pytest.mark.parametrize("elsewhere", ["gpu"], indirect=True)
+def test_devices_agree_on_the_winner_of_a_row(elsewhere):
+    del elsewhere
+    generator = np.random.default_rng(6)
+    x, w, c = (jnp.asarray(generator.normal(size=s), jnp.float32) for s in ((9, 4), (4, 16), (9, 16)))
+    labels, classes = random_labels((9, 16)), P(None, "model")
+
+    def every(x, w, c, class_axis=None):
+        z = x @ w
+        statistics = js.head_statistics(x, w, None, labels, softcap=2.0, class_axis=class_axis)
+        gradient = jax.grad(lambda z: jnp.vdot(js.log_softmax(z, class_axis=class_axis), c))(z)
+        return statistics, gradient
+
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    on_mesh = jax.shard_map(
+        partial(every, class_axis="model"),
+        mesh=mesh,
+        in_specs=(P(), classes, classes),
+        out_specs=(P(), classes),
+    )
+    (found, gradient), (expected, whole) = jax.jit(on_mesh)(x, w, c), jax.jit(every)(x, w, c)
+    assert len(set(np.asarray(expected.prediction) // 4)) == 4  # Each device has the winner of some row.
+    for name in ("prediction", "label_rank"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert_close((found.entropy, gradient), (expected.entropy, whole), ulps=32)
 
 
 def test_the_edges(elsewhere):
