@@ -28,6 +28,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # What people bring with them from other libraries.
 HINTS = {
+    "sample_weight": "give each example any class, and average those that count with `where` of jnp.mean",
     "dim": "the class axis is axis",
     "dtype": "convert the logits or the result, for example with .astype(jnp.float32)",
     "initial": "leave it out, since where alone says which classes exist",

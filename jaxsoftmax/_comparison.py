@@ -60,7 +60,7 @@ class GradientRow(NamedTuple):
         if ulps is None:
             ulps = 4 if jnp.finfo(self.dtype).bits < 32 else 32
         if self.custom_ulps > max(ulps, self.as_close):
-            return f"wrong: {self.custom_ulps:.3g} ulp off, right is {max(ulps, self.as_close):.3g}"
+            return f"wrong: {self.custom_ulps:.3g} ulp off, {max(ulps, self.as_close):.3g} allowed"
         return "right" + {"custom": " by differences", "kink": " at a kink"}.get(
             self.differences or "", ""
         )
