@@ -218,9 +218,10 @@ class _Judge:
     def _tell(self, group, verdict, slopes=None, truth=math.nan) -> None:
         for i, mask in group.items():
             self.found[i].append(verdict)
+            differs = self._custom[i] != self._reference[i]
+            self.kinks[i][mask] = differs[mask] & (verdict == "kink")
             if verdict in ("custom", "kink"):
                 self.truths[i][mask] = self._custom[i][mask]
-                self.kinks[i][mask] = verdict == "kink"
             elif verdict == "both":
                 self.truths[i][mask] = self._reference[i][mask]
             elif verdict in _WRONG:

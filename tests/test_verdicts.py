@@ -186,6 +186,9 @@ def test_a_table_says_what_its_gradients_are():
     assert np.isnan(gradient.truth)
     table = str(js.compare_gradients(step, x))
     assert "\nx is at a kink at (1,): any slope between both sides' is right" in table
+    # Entries at kinks that are wrong together are at none.
+    twice = ruled(lambda c: c, jnp.max, lambda x: (x == x.max()).astype(x.dtype))
+    assert "at a kink" not in str(js.compare_gradients(twice, jnp.array([1.0, 1.0, 0.0])))
     assert re.search(r"<lambda> at test_verdicts.py:\d+ \(custom_vjp\)", table)
     assert "gradients are those of all outputs times random numbers, added up" in table
     assert "random" not in str(js.compare_gradients(lambda x: step(x).sum(), x))
