@@ -434,9 +434,8 @@ def main(arguments: Sequence[str] | None = None) -> Result:
             "training diverged: the cost is no longer finite; try a lower --learning-rate or --penalty"
         )
     features, classes = data.training.x.shape[1], data.classes
-    print(
-        f"handwritten digits, network {features} → {options.hidden} → {classes}, {options.epochs} epochs"
-    )
+    images = "scikit-learn's handwritten digits" if options.data is None else "images of the folder"
+    print(f"{images}: network {features} → {options.hidden} → {classes}, {options.epochs} epochs")
     print(f"training accuracy {history.train_accuracy[-1]:.2%} of {len(data.training.labels)} images")
     print(f"test accuracy     {history.test_accuracy[-1]:.2%} of {len(data.test.labels)} images")
     print("checking the gradient", file=sys.stderr)

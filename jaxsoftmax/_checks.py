@@ -28,7 +28,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # What people bring with them from other libraries.
 HINTS = {
-    "sample_weight": "give each example any class, and average those that count with `where` of jnp.mean",
     "dim": "the class axis is axis",
     "dtype": "convert the logits or the result, for example with .astype(jnp.float32)",
     "initial": "leave it out, since where alone says which classes exist",
@@ -38,6 +37,7 @@ HINTS = {
     "ce_weight": "pass class_weight",
     "lse_square_scale": "pass z_loss",
     "weight": "pass class_weight, one number for each class, or sample_weight, one for each example",
+    "sample_weight": "leave examples out of the result instead, for example by `where` of jnp.mean",
 }
 
 

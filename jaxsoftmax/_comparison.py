@@ -174,8 +174,8 @@ class GradientComparison(NamedTuple):
         axes.legend()
 
 
-def _number(number: float | complex, form: str = ".7g") -> str:
-    return format(number, form) if math.isfinite(abs(number)) else "-"
+def _number(number: float, form: str) -> str:
+    return format(number, form) if math.isfinite(number) else "-"
 
 
 def _error(row: GradientRow, ulps: float, nonfinite: int) -> str:

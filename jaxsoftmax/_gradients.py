@@ -144,10 +144,7 @@ def compare_gradients(
                 _reference_results, task, function, given, program, plain, jvp, cotangents, notes
             )
         results = beside()
-        far = any(
-            limit.off > _usual(c.dtype) for c, limit in zip(custom, _limits(custom, results), strict=True)
-        )
-        if removal.random and not task.is_wide and far:
+        if removal.random and not task.is_wide and _any_far(custom, results):
             task.stay()
             notes.append("random numbers are drawn, others in float64: compared in its own precision")
             results = beside()
@@ -500,6 +497,12 @@ def _limits(custom, results) -> list[Any]:
 def _disputed(custom, result, limit) -> Any:
     """The entries that are not right by their truth."""
     return ~np.isfinite(result.truth) | (_off(custom.result, result.truth, custom.dtype) > limit.allowed)
+
+
+def _any_far(custom, results) -> bool:
+    """Whether any reference is far off its truth."""
+    limits = _limits(custom, results)
+    return any(limit.off > _usual(c.dtype) for c, limit in zip(custom, limits, strict=True))
 
 
 def _any_wrong(custom, results) -> bool:

@@ -361,9 +361,14 @@ def test_language_model_gives_the_same_result_for_the_same_seed(
     module = example("language_model")
     monkeypatch.setattr(module, "draw", lambda *_: None)
     main = module.main
-    first, again = (main(tiny(small_text, tmp_path / "a.png", "--epochs", "1")) for _ in range(2))
+    first, again, other = (
+        main(tiny(small_text, tmp_path / "a.png", "--epochs", "1", *more))
+        for more in ([], [], ["--seed", "1"])
+    )
     assert first.history[:2] == again.history[:2]
     assert first.samples == again.samples
+    assert first.history.cost != other.history.cost
+    assert first.samples != other.samples
     assert all(len(text.split()) > 20 and "<unknown>" not in text for text in first.samples)
 
 
