@@ -179,7 +179,7 @@ def quadratic_cost(
 
     Its gradient carries the softmax's derivative, which vanishes for a saturated output, right or wrong:
     the learning slowdown that the log-likelihood cost does not have. Even where all gradients of a row
-    are small, the largest keeps its digits, and no other is off by more than these.
+    are small, the largest keeps its digits, and no other has a larger absolute error.
 
     Args:
         logits: As for `log_likelihood_cost`.

@@ -77,7 +77,7 @@ class SparseLabels(NamedTuple):
     """Probabilities of a few classes for each example, such as a teacher's largest or several answers.
 
     All other classes have probability 0. A class that is named twice has the sum. Where a probability is
-    0 the class may be any number, as in a list that is filled up.
+    0 the class may be any number, as where a short list is filled up.
 
     Attributes:
         classes: Integers (*batch, k), the numbers of the classes.
@@ -97,8 +97,8 @@ class SparseLabels(NamedTuple):
 class TeacherLabels(NamedTuple):
     """The softmax of another layer as labels, formed block by block as the logits are.
 
-    Its probabilities are those of the classes that exist for the student. No gradient flows to it. The
-    Kullback-Leibler divergence is the cost less the teacher's `head_statistics(...).entropy`.
+    Its probabilities are those among the classes that exist for the student. No gradient flows to it.
+    The Kullback-Leibler divergence is the cost minus the teacher's `head_statistics(...).entropy`.
 
     Attributes:
         features: Real floating-point numbers (*batch, features), as many features as the teacher has.
@@ -172,55 +172,59 @@ def linear_log_likelihood_cost(
         z_loss: As for `log_likelihood_cost`.
         reduction: As for `log_likelihood_cost`.
         normalizer: As for `log_likelihood_cost`.
-        softcap: c above 0, in nats: the logits become c tanh(logits / c), so that none is below −c,
-            a −inf in `bias` included. None leaves them.
-        logit_scale: s above 0, the inverse of a temperature: the softmax is that of s times the logits,
-            with bias and softcap, as a model's temperature divides what the model gives. For a bias
-            that is not to be scaled, pass bias / s. The product is in float32, so that narrow features
-            need not be scaled. None is 1. Under jit, one that is not above 0 makes everything NaN.
-        num_classes: The classes that exist, if fewer than `weights` has columns. The others are
-            padding, to be filled with any finite numbers: probability 0 and gradient 0. An integer
-            label must be below it; a probability there costs +inf.
+        softcap: c above 0, in nats. The logits become c tanh(logits / c), which lie between −c and c; a
+            −inf in `bias` becomes −c. None leaves them as they are.
+        logit_scale: s above 0, the inverse of a temperature. It multiplies the logits, in float32, after
+            bias and softcap. For a bias that is not to be scaled, pass bias / s. None is 1. Under jit,
+            an s that is not above 0 makes everything NaN.
+        num_classes: How many classes exist, if `weights` has more columns. The other columns are padding
+            and may hold any finite numbers: their probability and their gradient are 0. An integer label
+            must be below `num_classes`. A label's probability in the padding costs +inf.
         where: The classes that exist, a bool mask (classes,) or one that broadcasts to (*batch, classes),
             as for `log_likelihood_cost`. With `num_classes`, both must hold.
-        return_statistics: Whether to return (cost, `HeadStatistics`), as `head_statistics` gives them,
-            without another product and without a gradient through them. What is not used is not
-            computed under jit. Goes with `jax.value_and_grad(..., has_aux=True)`.
-        batch_axis: The axis or axes of the mesh over which the first axis of `features` is spread, and
-            with it labels, sample weights and costs. The mesh is that of `jax.set_mesh`, where arrays
-            have their full shapes, explicit axes need not be given, as types tell them, and what is
-            elsewhere is moved; or that of the `jax.shard_map` around this call, where arrays are each
-            device's own part. Where its `check_vma` is False, nobody checks that they are spread so, and
-            gradients are those of JAX's own collectives there: of the sum of what all devices return,
-            and by an array that several devices hold alike, parts to be added with `jax.lax.psum`.
-        class_axis: As `batch_axis` for the columns of `weights`, and with them bias, class weights and
-            probability labels. Their number must divide evenly: pad, and give `num_classes`.
-        block_size: How many rows of logits are held at once, at most. The default, None, depends on
-            where the program runs. On a CPU it is an eighth of the rows, but at least 128, or a fifth of
-            the rows if that is less, and at least 64; never more than make 2²⁴ logits, but two; half of
-            that for statistics, and a quarter where blocks form labels, but not so few that they make
-            less than 2¹⁸ logits. Elsewhere it is as many as make about 2²⁶ logits, 2²⁷ where that is
-            all there are for one product; for a value alone at most 512 from 16,384 classes on. Up to
-            2²⁰ logits are one block everywhere, and up to 4 rows on a CPU.
-            Beyond its results the gradient takes memory for about one such block in float32 on a CPU,
-            two with a bias, smoothing or narrow features, up to six with all options or labels that are
-            no integers, and weights of bfloat16 once in float32. Elsewhere it takes two, and the logits'
-            gradient of up to 2 D rows for D bfloat16 features (D rows for float32) in the features'
-            dtype; for more rows also the weights' gradient once in float32. On a mesh, rows and logits
-            are those of one device. A symbolic number of rows, as of `jax.export`, is one block.
+        return_statistics: Whether to return (cost, `HeadStatistics`), as for
+            `jax.value_and_grad(..., has_aux=True)`. The statistics are those of `head_statistics`. They
+            take no further matrix product, and no gradient goes through them. Under jit, those that
+            are not used are not computed.
+        batch_axis: The mesh axis or axes over which the first axis of `features` is spread, and with it
+            labels, sample weights and costs. Under `jax.set_mesh`, arrays have their full shapes, and
+            arrays that lie elsewhere are moved; explicit axes need not be given, as types tell them.
+            Inside `jax.shard_map`, arrays are each device's own part. With its `check_vma=False`, nobody
+            checks that they are spread as you say, and gradients follow JAX's own collectives: they are
+            those of the sum of what all devices return. Where all devices hold the same array, the
+            gradient by it is then a part on each of them: add the parts with `jax.lax.psum`.
+        class_axis: The same for the columns of `weights`, and with them bias, class weights and
+            probability labels. The devices must divide the number of columns: pad, and give
+            `num_classes`.
+        block_size: The largest number of rows whose logits are held at once. The default, None, depends
+            on where the program runs.
+            On a CPU, a block is a fifth of the rows, at least 64 and at most 128; of more than 1,024
+            rows it is an eighth. It has at most 2²⁴ logits, or two rows if these have more. Statistics
+            take half as many rows, and labels that are formed in blocks a quarter, but not fewer than
+            make 2¹⁸ logits. Up to 4 rows are one block.
+            Elsewhere, a block has about 2²⁶ logits, and 2²⁷ if that is all there are for one product. A
+            value alone takes at most 512 rows at once from 16,384 classes on.
+            Everywhere, up to 2²⁰ logits are one block. So is a symbolic number of rows, as of
+            `jax.export`. On a mesh, rows and logits are those of one device.
+            Beyond its results, the gradient on a CPU takes the memory of about one block in float32; of
+            two with a bias, smoothing or few features; of up to six with all options or with labels that
+            are no integers. bfloat16 weights are held once in float32 there. Elsewhere it takes two
+            blocks, and the logits' gradient of up to 2 D rows in the features' dtype, for D bfloat16
+            features (D rows for float32). If there are more rows than that, it also takes the weights'
+            gradient once in float32.
 
     Returns:
         Cost in nats, float32 (float64 for float64 features or weights): a scalar, or (*batch) for
         "none". It is differentiable in every floating-point argument but a teacher, each gradient in
         its argument's dtype.
-        bfloat16 and float16 features enter the products as they are, float8 ones as bfloat16. Weights
-        beside them, and the logits' gradient, are rounded to that dtype for the products, which
-        accumulate in float32. So float32 weights beside bfloat16 features have a float32 gradient. A
-        bfloat16 gradient is rounded after its last block, and once more if it is then scaled by other
-        than a power of two. In float16
-        the logits' gradient enters in units that keep its digits, however a loss is scaled.
-        At ±inf, NaN and weight 0 the logits mean what they do for `log_likelihood_cost`, except that an
-        example of weight 0 with broken features counts as one whose features are 0.
+        bfloat16 and float16 features enter the products as they are, float8 ones as bfloat16. For the
+        products, weights and the logits' gradient are rounded to the same dtype. Products accumulate in
+        float32, so that float32 weights beside bfloat16 features have a float32 gradient. A bfloat16
+        gradient is rounded after its last block, and once more if it is then multiplied by a number that
+        is no power of two. In float16 the logits' gradient enters in units that keep its digits, however
+        a loss is scaled.
+        At ±inf, NaN and weight 0 the logits mean what they do for `log_likelihood_cost`. Only an example
+        of weight 0 with broken features counts as one whose features are 0.
 
     Raises:
         TypeError: If an argument has the wrong kind of dtype.
@@ -231,11 +235,10 @@ def linear_log_likelihood_cost(
     Note:
         Forward mode and second derivatives: as for `log_likelihood_cost`.
 
-        Under `jax.vmap` with shared weights the examples share the weights' gradient too: larger ones
-        take four products then, in float32 at least, and the block is one of each example. With a jit,
-        scan or checkpoint between vmap and this call, it cannot know, and examples of several blocks,
-        and narrow ones, have a copy of that gradient each. Further batch axes as leading axes of
-        `features` have neither cost, and take blocks across examples.
+        Prefer leading axes of `features` to `jax.vmap`: their blocks go across examples. Under
+        `jax.vmap` with shared weights, examples of several blocks take four products, in float32 or
+        wider, and each example has its own block. With a jit, scan or checkpoint between vmap and this
+        call, these examples, and those in narrow dtypes, have a copy of the weights' gradient each.
 
     Example:
         >>> x, w = jnp.ones((4, 2)), jnp.zeros((2, 50_000))
@@ -332,11 +335,12 @@ def head_statistics(
         `label_rank` (int32), None without integer labels: a label is among the first k where it is
         below k, and its reciprocal rank is 1 / (1 + label_rank). Confident rows keep the digits of all
         of these, and of their gradients.
-        What bends logits or scales them may make some equal: prediction and rank are told before that.
-        NaN or +inf among an example's logits makes it NaN, and its prediction any class, as do logits
-        that are all −inf but for their log-normaliser and the label's log-likelihood, −inf. A label
-        under jit that names no class makes the label's log-likelihood NaN. Where that is not finite the
-        rank is the number of classes, which no label has.
+        `softcap` and `logit_scale` may round two logits to the same number: prediction and rank are those
+        before that.
+        NaN or +inf among an example's logits makes its statistics NaN, and its prediction any class. So
+        do logits that are all −inf, but their log-normaliser and the label's log-likelihood are −inf.
+        Under jit, a label that names no class makes the label's log-likelihood NaN. Where that is not
+        finite, the rank is the number of classes, which no label has.
 
     Raises:
         TypeError: As for `linear_log_likelihood_cost`.
