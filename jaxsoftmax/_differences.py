@@ -1,5 +1,6 @@
 """Derivatives that need no derivative: central differences, and which of two gradients they confirm."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -265,6 +266,7 @@ class _Slope(NamedTuple):
     error: float = math.inf
     bend: float = 0.0  # Half of what the slope ahead is more than that behind.
     step: float = 0.0
+    but_for_kinks: float = math.inf  # The error if the second difference is no kink's.
 
     def judge(self, gradients: list[Any], scale: Any, digits: float) -> Verdict:
         """Which of two numbers it is."""
@@ -316,16 +318,15 @@ class _Line:
 
         Two steps h and h/2 give (4 D(h/2) − D(h)) / 3, and the difference of the two bounds its error. So
         does what rounding leaves. The second difference over h vanishes with h, but for a kink at h = 0.
-        A kink may be nearby instead: the finest step shows it, where there is time for it.
+        A kink may be nearby instead: the finest step shows it, where there is time for it. A second
+        difference that falls with every step is no kink's, as that of |x|^1.5.
         """
-        best, flat = _Slope(), _Slope()
+        tries, flat = [], _Slope()
         for step in steps:
             tried = self._extrapolated(direction, scale, eps, step)
             if tried is None:
                 # To the last bit the same everywhere: flat, or on a stair of what is rounded inside.
-                flat = min(
-                    flat, _Slope(0.0, self.noise(step, eps), 0.0, step), key=lambda slope: slope.error
-                )
+                flat = min(flat, _Slope(0.0, self.noise(step, eps), 0.0, step), key=_error)
                 continue
             verdict = tried.judge(gradients, scale, digits)
             if verdict == "kink" and finest and step > min(steps):
@@ -334,7 +335,10 @@ class _Line:
                 return (tried, verdict) if closer in ("unknown", "kink") else (near, closer)
             if verdict not in ("neither", "unknown"):
                 return tried, verdict
-            best = min(best, tried, key=lambda slope: slope.error)
+            tries.append(tried)
+        if _fall(tries):
+            tries = [each._replace(error=each.but_for_kinks) for each in tries]
+        best = min(tries, key=_error, default=flat)
         best = best if math.isfinite(best.error) else flat
         return best, best.judge(gradients, scale, digits)
 
@@ -350,7 +354,20 @@ class _Line:
             sides = _Slope(fine, max(error, 2 * abs(half_bend - bend)), half_bend, step)
             if sides.error <= good:
                 return sides
-        return _Slope((4 * fine - coarse) / 3, max(error, jump), 0.0, step)
+        return _Slope((4 * fine - coarse) / 3, max(error, jump), 0.0, step, error)
+
+
+def _error(slope: _Slope) -> float:
+    return math.inf if math.isnan(slope.error) else slope.error
+
+
+def _fall(slopes: list[_Slope]) -> bool:
+    """Whether several errors fall with the step, at least as its root does, or nearly."""
+    slopes = sorted(slopes, key=lambda slope: -slope.step)
+    return len(slopes) > 2 and all(
+        not fine.bend and fine.error <= coarse.error * (fine.step / coarse.step) ** 0.4
+        for coarse, fine in itertools.pairwise(slopes)
+    )
 
 
 def _scales(x: Any, by_size: Any) -> np.ndarray:
