@@ -29,10 +29,20 @@ gc.set_threshold(100_000, 20, 50)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# HYPOTHESIS_PROFILE=nightly looks ten times as long, and at every case of the large tables.
+# HYPOTHESIS_PROFILE=nightly looks ten times as long, at every case of the large tables, and at all slow
+# tests.
 hypothesis.settings.register_profile("default", max_examples=200, deadline=None)
 hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves slow tests out, unless -m says which to take or it is night."""
+    if config.option.markexpr or os.environ.get("HYPOTHESIS_PROFILE") == "nightly":
+        return
+    left_out = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture

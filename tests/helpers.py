@@ -8,6 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+
+def slow(*case):
+    """A case that only runs with the slow tests."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+def mostly_slow(step: int, cases: Sequence[Any]) -> Sequence[Any]:
+    """Cases of which all but every so many are slow."""
+    return [
+        case if i % step == 0 else slow(*case) if isinstance(case, tuple) else slow(case)
+        for i, case in enumerate(cases)
+    ]
 
 
 def every(step: int, cases: Sequence[Any]) -> Sequence[Any]:

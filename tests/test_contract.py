@@ -83,8 +83,8 @@ def value_and_gradient(case, logits, cotangent):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_value_and_vjp_are_the_oracles(case, dtype):
     # Every shape meets every dtype in one case or another, and every case in one dtype or another.
-    first = (DTYPES.index(dtype) + list(CASES.values()).index(case)) % 3
-    for shape, scale in itertools.product(SHAPES[first::3], SCALES):
+    shapes = every(6, np.roll(np.arange(6), DTYPES.index(dtype) + list(CASES.values()).index(case)))
+    for shape, scale in itertools.product([SHAPES[i] for i in shapes], SCALES):
         with jax.enable_x64(dtype == "float64"):
             logits = random_logits(shape, scale, dtype)
             exact_logits = np.asarray(logits, np.float64)
@@ -109,6 +109,7 @@ def test_gradient_is_linear_in_the_cotangent(case):
     assert_close(pull_back(first - 2 * second), expected, ulps=8)
 
 
+@pytest.mark.slow
 def test_jit_and_checkpoint_change_nothing(case):
     logits = random_logits((7, 5), 3, jnp.float32)
     value, pull_back = jax.vjp(case.function, logits)
@@ -119,6 +120,7 @@ def test_jit_and_checkpoint_change_nothing(case):
         assert_close((value, pull_back(cotangent)), expected, ulps=4)
 
 
+@pytest.mark.slow
 def test_vmap_and_scan_are_loops(case):
     logits = random_logits((4, 6), 3, jnp.float32)
     cotangent = jnp.stack([cotangent_for(case, row) for row in logits])
@@ -136,6 +138,7 @@ def test_vmap_and_scan_are_loops(case):
     assert_close(scanned, expected, ulps=4)
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_those_of_plain_autodiff(case):
     with jax.enable_x64(True):
         logits = random_logits((2, 4), 2, jnp.float64)
@@ -163,6 +166,7 @@ LENGTHS = [(5, jnp.float32), (1000, jnp.bfloat16), (4096, jnp.float32)]
 
 
 @pytest.mark.parametrize("first", every(3, [0, 1, 2]))
+@pytest.mark.slow
 def test_a_broken_row_stays_alone(case, first):
     classes, dtype = LENGTHS[(first + list(CASES.values()).index(case)) % 3]
     logits = random_logits((8, classes), 1, dtype)

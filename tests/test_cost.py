@@ -15,9 +15,11 @@ from helpers import (
     assert_close,
     assert_relative,
     every,
+    mostly_slow,
     random_labels,
     random_logits,
     random_targets,
+    slow,
     unchecked,
 )
 
@@ -92,6 +94,7 @@ def test_many_classes_are_as_exact(classes, one_hot, dtype):
             assert_relative(gradient, exact_gradient, eps_multiple=8)
 
 
+@pytest.mark.slow
 def test_classes_that_are_nothing_alone_add_up():
     # Log-odds of the label against all others together: each e_k is below what float32 can hold.
     classes, label = 70_000, 12_345
@@ -160,7 +163,7 @@ def test_gradient_in_probability_labels(cost):
     assert_close(gradient, truth, ulps=1)
 
 
-@pytest.mark.parametrize(("cost", "soft"), list(zip(COSTS, [False, True], strict=True)))
+@pytest.mark.parametrize(("cost", "soft"), [(COSTS[0], False), slow(COSTS[1], True)])
 def test_reductions_and_weights(cost, soft):
     logits = random_logits((3, 4, 5), 2, jnp.float32)
     labels = random_targets((3, 4, 5), jnp.float32) if soft else random_labels((3, 4, 5))
@@ -186,7 +189,7 @@ def _rows(labels, mask):
     return labels[mask]
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", [COSTS[0], slow(COSTS[1])])
 def test_gradient_carries_the_weights_and_the_mean(cost):
     logits, labels = random_logits((6, 4), 2, jnp.float32), random_labels((6, 4))
     weight = jnp.arange(6.0)
@@ -236,11 +239,14 @@ def test_an_example_of_weight_zero_counts_for_nothing(cost, soft, jit):
         assert_close(leaf[jnp.array([1, 2, 3, 4])], np.zeros((4, 4)), ulps=0)
 
 
-LONG = [((3, 4096), jnp.float32), ((8, 1000), jnp.bfloat16)]
+LONG = list(
+    itertools.product([False, True], [((3, 4096), jnp.float32), ((8, 1000), jnp.bfloat16)], COSTS)
+)
 
 
 @pytest.mark.parametrize(
-    ("soft", "long", "cost"), every(3, list(itertools.product([False, True], LONG, COSTS)))
+    ("soft", "long", "cost"),
+    mostly_slow(2, every(3, LONG)),
 )
 def test_long_rows_of_weight_zero_may_hold_nan_at_the_label(cost, soft, long):
     shape, dtype = long
@@ -257,7 +263,7 @@ def test_long_rows_of_weight_zero_may_hold_nan_at_the_label(cost, soft, long):
         assert_close(gradient, expected[1].at[1].set(0), ulps=1)
 
 
-@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("soft", [False, slow(True)])
 def test_second_derivatives_are_exact(soft):
     label = jnp.array([0.0, 1.0, *[0.0] * 8]) if soft else jnp.array(1)
     for hessian in (jax.hessian, lambda f: jax.jacrev(jax.jacrev(f))):
@@ -270,7 +276,7 @@ def test_second_derivatives_are_exact(soft):
             assert_relative(of_rows(jnp.asarray(z)), truth, eps_multiple=16)
 
 
-@pytest.mark.parametrize("classes", [3, 12, 200])
+@pytest.mark.parametrize("classes", [slow(3), slow(12), 200])
 def test_a_small_cotangent_reaches_every_class(classes):
     z = jnp.zeros(classes).at[1].set(2.0)
     exact = oracle.log_likelihood_vjp(np.asarray(z, np.float64), np.eye(classes)[1], np.ones(1))
@@ -279,6 +285,7 @@ def test_a_small_cotangent_reaches_every_class(classes):
         assert_relative(gradient / cotangent, exact, eps_multiple=8)
 
 
+@pytest.mark.slow
 def test_derivatives_of_the_cost_without_any_rule():
     z = jnp.array([3.0, 1, 2, -4])
     for label in (jnp.array(1), jax.nn.one_hot(1, 4)):
@@ -287,6 +294,7 @@ def test_derivatives_of_the_cost_without_any_rule():
         assert_close(jax.jit(jax.grad(plain))(z), exact, ulps=8)
 
 
+@pytest.mark.slow
 def test_logits_so_large_that_neighbours_are_far_apart():
     for z in ([1e7, 1e7 + 4], [-1e9, -1e9 + 64, -1e9 + 128], [3e38, 3e38, 1.0]):
         z = jnp.array(z, jnp.float32)
@@ -312,7 +320,8 @@ def test_nothing_to_average_is_zero(cost):
 
 
 @pytest.mark.parametrize(
-    ("cost", "dtype"), list(zip(COSTS * 2, [jnp.int8, jnp.uint8, jnp.uint32, jnp.int32], strict=True))
+    ("cost", "dtype"),
+    [(COSTS[0], jnp.int8), (COSTS[1], jnp.uint8), slow(COSTS[0], jnp.uint32), slow(COSTS[1], jnp.int32)],
 )
 def test_a_label_that_names_no_class(cost, dtype):
     bad = 200 if jnp.issubdtype(dtype, jnp.unsignedinteger) else -100
@@ -348,7 +357,7 @@ def test_minus_infinity():
     assert_close(gradient, [without[0], 0, without[1]], ulps=1)
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", [COSTS[0], slow(COSTS[1])])
 def test_axis(cost):
     logits, labels = random_logits((3, 4, 5), 2, jnp.float32), random_labels((3, 5, 4))
     moved = jnp.moveaxis(logits, 1, -1)
@@ -367,7 +376,7 @@ def test_backward_keeps_one_array_of_the_logits_size():
 
 @pytest.mark.parametrize(
     ("classes", "soft", "explicit"),
-    every(3, [(16, False, True), (16, True, False), (8192, False, False), (8192, True, True)]),
+    [(16, False, True), slow(16, True, False), slow(8192, False, False), slow(8192, True, True)],
 )
 def test_rows_and_classes_may_be_sharded(explicit, soft, classes):
     kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
@@ -462,6 +471,7 @@ PRODUCERS = {
     ("producer", "classes", "dtype"),
     every(5, list(itertools.product(PRODUCERS, [4, 300], [jnp.float32, jnp.float64]))),
 )
+@pytest.mark.slow
 def test_exact_on_logits_computed_in_the_same_program(producer, dtype, classes):
     # The compiler may compute such logits twice and round them differently: nothing may rest on their
     # being the same to the last bit.
@@ -515,6 +525,7 @@ def test_exact_on_scaled_logits_in_a_scan():
     assert_relative(jax.jit(jax.grad(cost))(jnp.zeros(4)), expected, eps_multiple=32)
 
 
+@pytest.mark.slow
 def test_products_so_large_that_a_rounding_is_many_nats():
     # The compiler may merge such a product with what is subtracted from it, unrounded.
     h = 5 * np.random.default_rng(0).normal(size=(256, 10)).astype(np.float32)

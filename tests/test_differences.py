@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy
-from helpers import every
+from helpers import every, mostly_slow
 from jax import lax
 from jax.experimental import pallas
 
@@ -352,7 +352,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", every(4, list(CASES)))
+@pytest.mark.parametrize("name", mostly_slow(2, every(4, list(CASES))))
 def test_right_rules_pass_and_faults_are_found(name):
     make, fault, arguments, dtype, options = CASES[name]
     with jax.enable_x64(dtype == "float64"):

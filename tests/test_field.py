@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from helpers import assert_close, assert_norms_close, every, unchecked
+from helpers import assert_close, assert_norms_close, every, mostly_slow, slow, unchecked
 from jax import export
 
 import jaxsoftmax as js
@@ -29,7 +29,9 @@ def test_labels_may_be_a_list_inside_jit(cost, kind):
         jax.jit(lambda z: cost(z, kind([0, 4, 1])))(LOGITS)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3b11fnuz])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float8_e4m3fn, *map(slow, [jnp.float8_e5m2, jnp.float8_e4m3b11fnuz])]
+)
 def test_logits_of_one_byte_may_be_masked(dtype):
     z, where = jnp.array([[1.0, 2, 3], [0, -1, 4]]).astype(dtype), jnp.array([True, True, False])
     exact, _ = oracle.many_classes(np.asarray(z.astype(jnp.float32), np.float64)[:, :2], 0)
@@ -126,6 +128,7 @@ def under_none():
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.slow
 def test_under_the_settings_that_people_have(settings):
     expected = under_none()
     before = {name: getattr(jax.config, name) for name in settings}
@@ -139,35 +142,41 @@ def test_under_the_settings_that_people_have(settings):
     assert_close(actual, expected, ulps=16)
 
 
+def assert_exports(function, shapes, *several):
+    """Exported with symbolic shapes it gives what it gives for each arguments' own."""
+    specs = [jax.ShapeDtypeStruct(shape, a.dtype) for shape, a in zip(shapes, several[0], strict=True)]
+    exported = export.export(jax.jit(function))(*specs)
+    for arguments in several:
+        assert_norms_close(exported.call(*arguments), jax.jit(function)(*arguments), 1e-5)
+
+
+@pytest.mark.slow
 def test_exports_with_symbolic_shapes():
     n, k = export.symbolic_shape("n, k")
-
-    def check(function, shapes, *several):
-        specs = [
-            jax.ShapeDtypeStruct(shape, a.dtype) for shape, a in zip(shapes, several[0], strict=True)
-        ]
-        exported = export.export(jax.jit(function))(*specs)
-        for arguments in several:
-            assert_norms_close(exported.call(*arguments), jax.jit(function)(*arguments), 1e-5)
-
     few, many = (jax.random.normal(jax.random.key(0), (5, classes)) for classes in (4, 200))
     labels = jnp.arange(5) % 4
-    check(js.softmax, [(n, k)], (few,), (many,))
+    assert_exports(js.softmax, [(n, k)], (few,), (many,))
     value_and_gradient = jax.value_and_grad(js.log_likelihood_cost)
-    check(value_and_gradient, [(n, k), (n,)], (few, labels), (many, labels))
+    assert_exports(value_and_gradient, [(n, k), (n,)], (few, labels), (many, labels))
     soft = [(z, jnp.full_like(z, 1 / z.shape[1])) for z in (few, many)]
-    check(lambda z, y: js.log_likelihood_cost(z, y, label_smoothing=0.1), [(n, k)] * 2, *soft)
+    assert_exports(lambda z, y: js.log_likelihood_cost(z, y, label_smoothing=0.1), [(n, k)] * 2, *soft)
+
+
+@pytest.mark.slow
+def test_the_head_exports_with_symbolic_rows():
+    (n,) = export.symbolic_shape("n")
     x, w = jax.random.normal(jax.random.key(1), (5, 3)), jax.random.normal(jax.random.key(2), (3, 7))
     for block_size in (None, 2):
 
         def head(x, w, labels, block_size=block_size):
             return js.linear_log_likelihood_cost(x, w, None, labels, block_size=block_size)
 
-        check(jax.value_and_grad(head, (0, 1)), [(n, 3), (3, 7), (n,)], (x, w, jnp.arange(5)))
-    check(lambda x, w: js.head_statistics(x, w, None).entropy, [(n, 3), (3, 7)], (x, w))
+        value_and_gradient = jax.value_and_grad(head, (0, 1))
+        assert_exports(value_and_gradient, [(n, 3), (3, 7), (n,)], (x, w, jnp.arange(5)))
+    assert_exports(lambda x, w: js.head_statistics(x, w, None).entropy, [(n, 3), (3, 7)], (x, w))
 
 
-@pytest.mark.parametrize("axis", every(2, [(2, 0), (1,), None]))
+@pytest.mark.parametrize("axis", [(2, 0), slow((1,)), slow(None)])
 def test_several_axes_of_classes_are_one(axis):
     z = np.random.default_rng(1).normal(size=(2, 3, 4)).astype(np.float32)
     axes = tuple(range(3)) if axis is None else axis
@@ -247,10 +256,13 @@ def test_parameters_that_are_no_arrays():
 
 
 FLOAT8 = jnp.float8_e4m3fn, jnp.float8_e5m2
-MIXED = [(jnp.float32, FLOAT8[0]), (jnp.bfloat16, FLOAT8[1]), (FLOAT8[0], jnp.float32), FLOAT8]
+MIXED = [
+    (jnp.float32, FLOAT8[0]), (jnp.bfloat16, FLOAT8[1]), (FLOAT8[0], jnp.float32), FLOAT8,
+    (FLOAT8[1], jnp.bfloat16),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("of_features", "of_weights"), every(2, [*MIXED, (FLOAT8[1], jnp.bfloat16)]))
+@pytest.mark.parametrize(("of_features", "of_weights"), mostly_slow(3, every(2, MIXED)))
 def test_the_head_takes_any_mix_of_dtypes(of_features, of_weights):
     generator = np.random.default_rng(2)
     x = jnp.asarray(generator.integers(-3, 4, (5, 4)) / 2, jnp.float32).astype(of_features)
@@ -271,6 +283,7 @@ def test_the_head_takes_any_mix_of_dtypes(of_features, of_weights):
             assert jnp.all(error <= 2 * coarsest * jnp.max(jnp.abs(exact)) + smallest)
 
 
+@pytest.mark.slow
 def test_features_of_64_bits_beside_a_narrow_bias():
     with jax.enable_x64(True):
         x, w, b = jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.zeros(3, jnp.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import tokamax
-from helpers import assert_close, every, random_labels, random_logits, unchecked
+from helpers import assert_close, every, random_labels, random_logits, slow, unchecked
 
 import jaxsoftmax as js
 from jaxsoftmax import __main__ as command
@@ -107,10 +107,10 @@ NESTS = {
 }
 
 
-@pytest.mark.parametrize("nest", NESTS.values(), ids=NESTS.keys())
+@pytest.mark.parametrize("nest", NESTS)
 def test_rules_are_found_wherever_they_sit(nest):
     x = jnp.array([0.5, -1.0, 2.0])
-    plain = js.without_custom_rules(nest)
+    plain = js.without_custom_rules(NESTS[nest])
 
     def every_way(x):
         return (
@@ -123,7 +123,7 @@ def test_rules_are_found_wherever_they_sit(nest):
 
     value, twos = 2 * x, np.full(3, 2.0)
     # Without jit each operation is a program of its own.
-    run = every_way if nest is doubled else jax.jit(every_way)
+    run = every_way if nest == "plain" else jax.jit(every_way)
     assert_close(run(x), (value, twos, twos, value, 8 * np.eye(3)), ulps=1)
 
 
@@ -236,7 +236,10 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "construct", "rows", "dtype"), TABLE)
+@pytest.mark.parametrize(
+    ("fault", "construct", "rows", "dtype"),
+    [slow(*case) if case[2] == max(ROWS) else case for case in TABLE],
+)
 def test_wrong_rules_fail_and_right_ones_pass(fault, construct, rows, dtype):
     generator = np.random.default_rng(0)
     # No cosine or sine is so small that an error in its sign could pass for rounding.
@@ -272,6 +275,7 @@ def test_a_wrong_value_is_found():
         js.compare_gradients(function, jnp.arange(4.0)).assert_close()
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_truly_0_may_be_rounding():
     # The bias in front of a normalisation: its gradient is 0, and what comes out is what rounding leaves.
     @jax.jit
@@ -312,6 +316,7 @@ def test_what_has_no_gradient_is_said():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_float32_for_what_cannot_run_in_float64(key):
     @jax.jit
     def dropped(x):
@@ -324,6 +329,7 @@ def test_float32_for_what_cannot_run_in_float64(key):
         unchecked(js.compare_gradients)(dropped, x, precision="float16")
 
 
+@pytest.mark.slow
 def test_a_plot_shows_every_gradient():
     figure = matplotlib.figure.Figure()
     axes = figure.add_subplot()
@@ -335,6 +341,7 @@ def test_a_plot_shows_every_gradient():
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_libraries_that_know_nothing_of_it(key):
     x = jax.random.normal(key, (8, 4))
     labels = jnp.arange(8) % 3
@@ -371,6 +378,7 @@ def test_libraries_that_know_nothing_of_it(key):
         assert len(comparison.rows) > 1
 
 
+@pytest.mark.slow
 def test_the_package_is_right_on_this_device(monkeypatch, capsys):
     every_case = list(command.cases("bfloat16"))
     assert len(every_case) == 12
@@ -466,6 +474,7 @@ def test_the_table_says_which_of_two_is_right():
     js.compare_gradients(cost, logits, labels).assert_close(ulps=8)
 
 
+@pytest.mark.slow
 def test_a_reference_without_digits_excuses_nothing():
     logits = jnp.array([[40.0, 0.0, 0.0]])
 

@@ -13,8 +13,10 @@ from helpers import (
     assert_norms_close,
     assert_relative,
     every,
+    mostly_slow,
     random_labels,
     random_targets,
+    slow,
     unchecked,
 )
 
@@ -68,10 +70,12 @@ def value_and_gradients(cost, arguments, options, cotangent, **fixed):
 
 
 TOLERANCES = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 3e-2}
+CASES = list(itertools.product(REDUCTIONS, TOLERANCES, SHAPES))
 
 
 @pytest.mark.parametrize(
-    ("number", "case"), list(enumerate(every(79, [*itertools.product(REDUCTIONS, TOLERANCES, SHAPES)])))
+    ("number", "case"),
+    mostly_slow(2, list(enumerate(every(79, CASES)))),
 )
 def test_equals_the_dense_cost_with_every_option(number, case):
     reduction, dtype, (rows, classes, features) = case
@@ -94,7 +98,8 @@ def test_equals_the_dense_cost_with_every_option(number, case):
 
 
 @pytest.mark.parametrize(
-    ("block_size", "reduction"), list(zip([None, 1, 6, 7, 8, 1000], ["mean", "none"] * 3, strict=True))
+    ("block_size", "reduction"),
+    [slow(None, "mean"), slow(1, "none"), (6, "mean"), (7, "none"), slow(8, "mean"), slow(1000, "none")],
 )
 def test_any_block_size_and_leading_axes(block_size, reduction):
     x, w, b = layer(14, 5, 11, jnp.float32)
@@ -121,7 +126,7 @@ def test_a_product_wider_than_its_chunks(monkeypatch):
     assert_close(actual, jax.jit(jax.grad(lambda w: dense(x, w, b, labels)))(w), ulps=8)
 
 
-@pytest.mark.parametrize(("reduction", "scale"), [("mean", 1e-3), ("none", 0.0)])
+@pytest.mark.parametrize(("reduction", "scale"), [("mean", 1e-3), slow("none", 0.0)])
 def test_padding_classes_do_not_exist(reduction, scale):
     x, w, b = layer(6, 4, 10, jnp.float32, scale=scale)
     labels = random_labels((6, 7))
@@ -145,8 +150,9 @@ def test_padding_classes_do_not_exist(reduction, scale):
     assert list(np.isnan(bad(jnp.array([0, 7, 9, 10, -1, 6])))) == [False, True, True, True, True, False]
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(
+    ("soft", "reduction"), [(False, "sum"), slow(False, "none"), slow(True, "sum"), (True, "none")]
+)
 def test_exact_however_confident(reduction, soft):
     lead = np.array([0.0, 10, 20, 30, 40, -40])
     z = np.zeros((6, 10))
@@ -181,7 +187,7 @@ def equations(jaxpr):
 
 
 @pytest.mark.parametrize(
-    ("reduction", "labels"), [("mean", jnp.int32), ("none", jnp.int32), ("mean", jnp.bfloat16)]
+    ("reduction", "labels"), [("mean", jnp.int32), slow("none", jnp.int32), slow("mean", jnp.bfloat16)]
 )
 def test_never_holds_the_logits(reduction, labels):
     rows, features, classes, block = 2048, 32, 4096, 64
@@ -213,6 +219,7 @@ def products(function, *arguments):
     return analysis["flops"] / (2 * rows * features * classes)
 
 
+@pytest.mark.slow
 def test_no_product_that_nobody_asked_for():
     x, w, b = layer(64, 256, 512, jnp.float32)
     labels = random_labels((64, 512))
@@ -233,10 +240,10 @@ def test_no_product_that_nobody_asked_for():
     ("rows", "block_size", "dtype", "reduction"),
     [
         ((), None, jnp.float32, "mean"),
-        ((12,), 4, jnp.float32, "mean"),
+        slow((12,), 4, jnp.float32, "mean"),
         ((12,), 4, jnp.float32, "none"),
         ((4,), None, jnp.bfloat16, "none"),
-        ((9,), 4, jnp.float16, "mean"),
+        slow((9,), 4, jnp.float16, "mean"),
     ],
 )
 def test_examples_under_vmap_share_the_gradient_of_their_weights(rows, block_size, dtype, reduction):
@@ -258,6 +265,7 @@ def test_examples_under_vmap_share_the_gradient_of_their_weights(rows, block_siz
 
 
 @pytest.mark.parametrize(("dtype", "reduction"), [(jnp.float32, "mean"), (jnp.bfloat16, "none")])
+@pytest.mark.slow
 def test_examples_of_several_blocks_under_vmap(reduction, dtype):
     x, w, b = layer(15, 4, 9, dtype)
     x, labels = x.reshape(3, 5, 4), random_labels((15, 9)).reshape(3, 5)
@@ -295,7 +303,7 @@ def test_few_classes_and_many_rows():
 
 @pytest.mark.parametrize(
     ("loss_scale", "scale", "reduction"),
-    [(2.0**-6, 0.3, "none"), (2.0**18, 2.0**-8, "sum"), (2.0**18, 2.0**-8, "none")],
+    [slow(2.0**-6, 0.3, "none"), slow(2.0**18, 2.0**-8, "sum"), (2.0**18, 2.0**-8, "none")],
 )
 def test_float16_keeps_its_digits_however_the_loss_is_scaled(loss_scale, scale, reduction):
     # The logits' gradient would be subnormal in float16, or infinite.
@@ -312,7 +320,7 @@ def test_float16_keeps_its_digits_however_the_loss_is_scaled(loss_scale, scale, 
     assert_norms_close(gradients(js.linear_log_likelihood_cost, x, w), exact, 5e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, slow(jnp.float16)], ids=str)
 def test_narrow_operands_and_wide_sums(dtype, monkeypatch):
     x, w, b = layer(64, 8, 30, dtype, scale=0.5)
     labels = random_labels((64, 30))
@@ -377,8 +385,10 @@ def test_a_cost_that_is_not_counted_has_no_gradient():
     assert_close(gradients, (np.zeros((3, 4)), np.zeros((4, 5))), ulps=0)
 
 
-@pytest.mark.parametrize("softcap", [90.0, 50.0])
-@pytest.mark.parametrize("block_size", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("softcap", "block_size"),
+    mostly_slow(6, list(itertools.product([90.0, 50.0], [2, 1, 5]))),
+)
 def test_exact_on_capped_logits_in_any_block(softcap, block_size):
     w = jnp.array([[0.0, 1, -2, 40 / 0.3]])
     x = jnp.linspace(0.3, 0.42, 5)[:, None]
@@ -395,6 +405,7 @@ def test_exact_on_capped_logits_in_any_block(softcap, block_size):
     assert_relative(jax.jit(jax.grad(cost))(jnp.zeros(4))[3], slopes.sum(0)[3], eps_multiple=200)
 
 
+@pytest.mark.slow
 def test_transformations():
     x, w, b = layer(12, 4, 9, jnp.float32)
     labels = random_labels((12, 9))
@@ -467,7 +478,7 @@ def test_predicts_the_first_of_the_largest_to_the_last_digit():
     assert list(biased.prediction) == [1, 0, 0]
 
 
-@pytest.mark.parametrize("softcap", [None, 300.0])
+@pytest.mark.parametrize("softcap", [None, slow(300.0)])
 def test_a_bias_may_decide_by_hundreds_of_nats(softcap):
     x, w, _ = layer(6, 4, 5000, jnp.float32)
     b = jnp.zeros(5000).at[7].set(250)

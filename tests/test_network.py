@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close, unchecked
+from helpers import assert_close, slow, unchecked
 
 import jaxsoftmax as js
 
@@ -23,7 +23,7 @@ def example(key, examples=50, features=12, hidden=16, classes=7, dtype=jnp.float
     return network, x, jnp.arange(examples) % classes
 
 
-@pytest.mark.parametrize("one_hot", [False, True])
+@pytest.mark.parametrize("one_hot", [False, slow(True)])
 def test_three_gradients_are_float64s(key, one_hot):
     network, x, labels = example(key)
     truth = oracle.network_gradient(jax.tree.leaves(network), x, np.asarray(labels))
@@ -52,6 +52,7 @@ def test_penalty_is_added_once_and_only_to_weights(key):
     assert_close(each.mean(), truth[0], ulps=16)
 
 
+@pytest.mark.slow
 def test_backpropagate_takes_any_batch_and_any_dtype(key):
     by_hand, by_autodiff = jax.jit(js.backpropagate), jax.jit(jax.value_and_grad(js.network_cost))
     network, x, labels = example(key, examples=12)

@@ -122,6 +122,7 @@ def test_policy_gradient(recipe, draw, params):
     assert_right(recipe["ppo_cost"], dense, params, batch, clip=0.3, entropy_bonus=0.1)
 
 
+@pytest.mark.slow
 def test_preference_optimization(recipe, draw, params):
     def answers(tokens, lengths):
         labels = np.random.default_rng(tokens).integers(0, CLASSES, (3, tokens)).astype(np.int32)
@@ -144,6 +145,7 @@ def test_preference_optimization(recipe, draw, params):
     assert_right(recipe["dpo_cost"], dense, params, batch, beta=0.3)
 
 
+@pytest.mark.slow
 def test_distillation(recipe, draw, params):
     teacher, batch = network(draw, 9), {"inputs": draw(3, 4, INPUTS)}
 
@@ -175,6 +177,7 @@ def test_distillation_from_a_stored_top_k(recipe, draw, params):
     assert_right(recipe["top_k_cost"], dense, params, batch, temperature=3.0)
 
 
+@pytest.mark.slow
 def test_contrastive_cost(recipe, draw):
     params = {"image_tower": draw(4, 3), "text_tower": draw(5, 3), "log_scale": np.float32(1.5)}
     batch = {"images": draw(6, 4), "texts": draw(6, 5)}
@@ -212,6 +215,7 @@ def test_ranking_metrics(recipe, draw):
     assert metrics == pytest.approx(truth, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_z_loss_on_some_tokens(recipe, draw, params):
     generator = np.random.default_rng(4)
     batch = {
@@ -296,6 +300,7 @@ def text(draw, params):
     return {"inputs": inputs, "labels": labels.astype(np.int32)}, z[labels >= 0], labels[labels >= 0]
 
 
+@pytest.mark.slow
 def test_perplexity_accuracy_and_calibration(recipe, params, text):
     batch, z, labels = text
     a = np.exp(z) / np.sum(np.exp(z), axis=-1, keepdims=True)
@@ -316,6 +321,7 @@ def test_perplexity_accuracy_and_calibration(recipe, params, text):
         assert run[bins](*arrays, bins) == pytest.approx(truth, rel=3e-6)
 
 
+@pytest.mark.slow
 def test_metrics_beside_the_training_cost(recipe, params, text):
     batch, z, labels = text
 

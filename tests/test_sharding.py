@@ -15,9 +15,11 @@ from helpers import (
     assert_norms_close,
     assert_relative,
     every,
+    mostly_slow,
     random_labels,
     random_logits,
     random_targets,
+    slow,
     unchecked,
 )
 from jax.sharding import AxisType, NamedSharding
@@ -90,7 +92,7 @@ def value_and_gradients(function, arguments, cotangent):
 MEETINGS = every(59, list(itertools.product(itertools.product(SHAPES, KINDS), enumerate(HEAD_CASES))))
 
 
-@pytest.mark.parametrize(("on", "case"), MEETINGS)
+@pytest.mark.parametrize(("on", "case"), mostly_slow(2, MEETINGS))
 def test_head_equals_that_of_one_device(on, case):
     (shape, kind), (number, (dtype, reduction, num_classes)) = on, case
     mesh = make_mesh(shape, kind)
@@ -158,7 +160,9 @@ def moved(compiled):
     ]
 
 
-@pytest.mark.parametrize(("kind", "block_size"), list(zip(KINDS, [32, None, None, 32], strict=True)))
+@pytest.mark.parametrize(
+    ("kind", "block_size"), [slow(KINDS[0], 32), (KINDS[1], None), slow(KINDS[2], None), (KINDS[3], 32)]
+)
 def test_what_the_head_moves_and_computes(kind, block_size):
     rows, features, classes = 256, 96, 640
     mesh = make_mesh((2, 4), kind)
@@ -187,6 +191,7 @@ def test_what_the_head_moves_and_computes(kind, block_size):
     assert compiled.cost_analysis()["flops"] == pytest.approx(products, rel=0.05)
 
 
+@pytest.mark.slow
 def test_weights_spread_by_rows_are_gathered_once():
     mesh = make_mesh((2, 4), AxisType.Explicit)
     x, w, b, labels, *_ = head_arguments(ROWS, FEATURES, CLASSES, jnp.float32)
@@ -203,6 +208,7 @@ def test_weights_spread_by_rows_are_gathered_once():
     assert_close(actual, expected, ulps=8)
 
 
+@pytest.mark.slow
 def test_a_weight_of_an_infinite_cost_has_an_infinite_gradient_where_nothing_is_checked():
     mesh = make_mesh((8,), UNCHECKED)
     x, w, b, labels, v, _ = head_arguments(ROWS, FEATURES, CLASSES, jnp.float32)
@@ -222,6 +228,7 @@ def test_a_weight_of_an_infinite_cost_has_an_infinite_gradient_where_nothing_is_
 
 
 @pytest.mark.parametrize("kind", every(4, KINDS[1:] + KINDS[:1]))
+@pytest.mark.slow
 def test_statistics_and_formed_labels_on_a_mesh(kind):
     mesh = make_mesh((2, 4), kind)
     x, w, b, labels, v, u = head_arguments(ROWS, FEATURES, CLASSES, jnp.float32)
@@ -279,7 +286,7 @@ def test_statistics_and_formed_labels_on_a_mesh(kind):
             assert_close(a, e, ulps=32)
 
 
-@pytest.mark.parametrize(("soft", "check_vma"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(("soft", "check_vma"), [(False, True), slow(True, True), slow(True, False)])
 def test_classes_spread_inside_shard_map(soft, check_vma):
     mesh = make_mesh((2, 4), AxisType.Auto)
     logits = random_logits((8, 16), 10, jnp.float32)
@@ -320,7 +327,7 @@ def test_classes_spread_inside_shard_map(soft, check_vma):
     assert_close(result, expected, ulps=32)
 
 
-@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("soft", [False, slow(True)])
 def test_second_derivatives_where_classes_are_spread(soft):
     mesh = make_mesh((1, 4), AxisType.Auto)
     logits, tangent = random_logits((3, 12), 3, jnp.float32), random_logits((3, 12), 1, jnp.float32, 5)
@@ -343,7 +350,7 @@ def test_second_derivatives_where_classes_are_spread(soft):
 
 
 @pytest.mark.parametrize(
-    ("place", "soft"), [(P("data", "model"), False), (P(None, "model"), True), (P("data"), False)]
+    ("place", "soft"), [(P("data", "model"), False), slow(P(None, "model"), True), slow(P("data"), False)]
 )
 def test_quadratic_cost_on_explicit_axes(place, soft):
     mesh = make_mesh((2, 4), AxisType.Explicit)
@@ -368,6 +375,7 @@ def test_head_on_a_mesh_of_both_kinds_of_axes():
 
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_training_on_a_mesh_ends_as_on_one_device(explicit, key):
     mesh = make_mesh((8,), AxisType.Explicit if explicit else AxisType.Auto)
     x = jax.random.normal(key, (64, 5))
@@ -395,6 +403,7 @@ def test_an_epoch_reads_the_mesh_from_its_data(key):
 @pytest.mark.parametrize(
     ("what", "soft", "reduction"), [("weights", False, "sum"), ("labels", True, "none")]
 )
+@pytest.mark.slow
 def test_what_one_argument_varies_along_the_others_need_not(what, soft, reduction):
     mesh = make_mesh((8,), AxisType.Auto)
     x, w, _, labels, *_ = head_arguments(ROWS, FEATURES, CLASSES, jnp.float32, soft)

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close, assert_relative, random_logits, unchecked
+from helpers import assert_close, assert_relative, random_logits, slow, unchecked
 
 import jaxsoftmax as js
 
 ROWS = hnp.arrays(np.float32, (3, 4), elements=st.floats(-50, 50, width=32))
 
 
-@pytest.mark.parametrize("confidence", [-80.0, -20.0, 0.0, 20.0, 40.0, 80.0])
+@pytest.mark.parametrize("confidence", [-80.0, slow(-20.0), 0.0, slow(20.0), 40.0, slow(80.0)])
 def test_every_entry_is_right_at_every_confidence(confidence):
     logits = random_logits((3, 10), 1, jnp.float32).at[:, 4].set(confidence)
     exact = np.asarray(logits, np.float64)
@@ -40,7 +40,7 @@ def value_and_vjp(function, logits, cotangent):
     return value, pull_back(cotangent)
 
 
-@pytest.mark.parametrize("function", [js.softmax, js.log_softmax])
+@pytest.mark.parametrize("function", [slow(js.softmax), js.log_softmax])
 def test_where_and_axis_mean_what_they_mean_in_jax(function):
     reference = {js.softmax: jax.nn.softmax, js.log_softmax: jax.nn.log_softmax}[function]
     logits = random_logits((3, 4, 5), 2, jnp.float32)

@@ -12,8 +12,10 @@ from helpers import (
     assert_norms_close,
     assert_relative,
     every,
+    mostly_slow,
     random_labels,
     random_targets,
+    slow,
     unchecked,
 )
 
@@ -197,19 +199,22 @@ def test_statistics_and_their_gradients(kind, dtype, options, by_row, block_size
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "reduction", "options", "by_row"),
-    every(
-        3,
-        [
-            ("sparse", "float64", "none", ALL, True),
-            ("sparse", "float32", "mean", {}, None),
-            ("teacher", "float32", "mean", ALL, True),
-            ("sparse", "float32", "mean", ALL, False),
-            ("integer", "float32", "mean", ALL, True),
-            ("teacher", "float32", "mean", BENT, None),
-            ("teacher", "bfloat16", "mean", BENT, None),
-            ("teacher", "float64", "sum", ALL, False),
-            ("probabilities", "float64", "mean", ALL, True),
-        ],
+    mostly_slow(
+        2,
+        every(
+            3,
+            [
+                ("sparse", "float64", "none", ALL, True),
+                ("sparse", "float32", "mean", {}, None),
+                ("teacher", "float32", "mean", ALL, True),
+                ("sparse", "float32", "mean", ALL, False),
+                ("integer", "float32", "mean", ALL, True),
+                ("teacher", "float32", "mean", BENT, None),
+                ("teacher", "bfloat16", "mean", BENT, None),
+                ("teacher", "float64", "sum", ALL, False),
+                ("probabilities", "float64", "mean", ALL, True),
+            ],
+        ),
     ),
 )
 def test_costs_of_every_kind_of_labels(kind, dtype, reduction, options, by_row):
@@ -219,7 +224,9 @@ def test_costs_of_every_kind_of_labels(kind, dtype, reduction, options, by_row):
     assert_as_plain(head, partial(plain_cost, **fixed), *case, dtype)
 
 
-@pytest.mark.parametrize(("lead", "block_size"), [(5.0, 2), (20.0, None), (40.0, 2), (80.0, None)])
+@pytest.mark.parametrize(
+    ("lead", "block_size"), [slow(5.0, 2), (20.0, None), (40.0, 2), slow(80.0, None)]
+)
 def test_entropy_keeps_its_digits_however_confident(lead, block_size):
     z = np.random.default_rng(1).normal(size=(3, 12)).astype(np.float32)
     z[:, 4] = z.max(1) + np.float32(lead)
@@ -248,6 +255,7 @@ def test_entropy_keeps_its_digits_however_confident(lead, block_size):
         assert_relative(actual, exact, eps_multiple=8)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_statistics():
     x, w, b, t = (
         normal((3, 4), "float32"),
@@ -283,6 +291,7 @@ def test_second_derivatives_of_statistics():
 
 
 @pytest.mark.parametrize("block_size", [None, 2])
+@pytest.mark.slow
 def test_a_class_of_logit_minus_infinity(block_size):
     x, w, b = jnp.ones((3, 1)), jnp.array([[1.0, 2, 3]]), jnp.array([0, 0, -jnp.inf])
     labels = jnp.array([0, 1, 0])
@@ -303,7 +312,7 @@ def test_a_class_of_logit_minus_infinity(block_size):
     assert not np.any(found[1][:, 2])
 
 
-@pytest.mark.parametrize("block_size", [None, 2])
+@pytest.mark.parametrize("block_size", [slow(None), 2])
 def test_rank_counts_larger_logits_and_equal_ones_before(block_size):
     z = jnp.array([[0.0, 3, 3, 1, 3], [0, 0, 0, 0, 0], [-9, 2, -1, 5, 2], [1, 9, 0, 0, 0]])
     z = jnp.concatenate([z, jnp.nextafter(z[:1], jnp.float32(9)).at[0, 1].set(3)])
@@ -327,8 +336,9 @@ def test_rank_counts_larger_logits_and_equal_ones_before(block_size):
     ("dtype", "reduction", "block_size"),
     [
         ("float32", "none", 4),
-        *every(2, [("float32", "mean", 4), ("bfloat16", "mean", 4)]),
-        ("float32", "sum", None),
+        slow("float32", "mean", 4),
+        slow("bfloat16", "mean", 4),
+        slow("float32", "sum", None),
     ],
 )
 def test_statistics_beside_the_cost(dtype, reduction, block_size):
@@ -395,7 +405,7 @@ def test_no_gradient_flows_to_a_teacher():
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize(("taught", "rows", "share"), [(False, 2048, 0.2), (True, 1024, 0.25)])
+@pytest.mark.parametrize(("taught", "rows", "share"), [slow(False, 2048, 0.2), (True, 1024, 0.25)])
 def test_holds_the_logits_of_neither(taught, rows, share):
     sizes = (rows, 64), (64, 32_000), (rows, 512), (512, 32_000)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sizes]
@@ -415,6 +425,7 @@ def test_holds_the_logits_of_neither(taught, rows, share):
     assert analysis.temp_size_in_bytes < share * rows * 32_000 * 4
 
 
+@pytest.mark.slow
 def test_classes_that_float32_cannot_number():
     classes = 17_000_000
     last = classes - 1

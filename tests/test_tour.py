@@ -56,6 +56,7 @@ def after(capsys):
     return after
 
 
+@pytest.mark.slow
 def test_what_the_cells_compute_is_right(after):
     row = np.array([0.1, 0.2, 0.25, 0.4, 0.05])
     np.testing.assert_allclose(after[2]["a"], row, rtol=1e-6)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, unchecked
+from helpers import assert_close, slow, unchecked
 
 import jaxsoftmax as js
 
@@ -105,6 +105,7 @@ def test_a_key_decides_the_order_and_the_bits(key):
 
 
 @pytest.mark.parametrize("optimizer", [optax.lbfgs(), optax.polyak_sgd()])
+@pytest.mark.slow
 def test_optimizers_that_follow_the_cost_get_it(optimizer, key):
     state = js.init_state(jnp.array(0.0), optimizer)
     epoch = js.make_epoch(squared, optimizer, np.int64(4))
@@ -171,7 +172,7 @@ class Centred(eqx.Module):
         return jnp.sum((self.w - mean) ** 4), state.set(self.mean, mean)
 
 
-@pytest.mark.parametrize("optimizer", [optax.lbfgs(), optax.MultiSteps(optax.sgd(0.1), 2)])
+@pytest.mark.parametrize("optimizer", [slow(optax.lbfgs()), optax.MultiSteps(optax.sgd(0.1), 2)])
 def test_the_optimizer_sees_the_cost_at_the_running_state_it_began_with(optimizer):
     model, kept = eqx.nn.make_with_state(Centred)()
     params, rest = eqx.partition(model, eqx.is_inexact_array)
@@ -213,6 +214,7 @@ def test_aux_may_be_for_each_example_where_all_batches_have_one_size(key, exampl
     assert sorted(x.ravel().tolist()) == list(range(examples))
 
 
+@pytest.mark.slow
 def test_training_learns(key):
     network = js.init_network(key, 2, 16, 2)
     x = jax.random.normal(key, (200, 2))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import every, unchecked
+from helpers import every, mostly_slow, slow, unchecked
 
 import jaxsoftmax as js
 
@@ -55,7 +55,7 @@ CONSTRUCTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["scalar", "complex"])
+@pytest.mark.parametrize("kind", ["scalar", slow("complex")])
 def test_a_rule_must_be_linear_in_its_cotangent(kind, key):
     dtype = jnp.complex64 if kind == "complex" else jnp.float32
     faults = [fault for fault in BACKWARD if fault != "conjugated" or kind == "complex"]
@@ -153,6 +153,7 @@ def stopped(x):
     return 1.5 * (x + jax.lax.stop_gradient(x)) + 0 * jnp.sum(ruled(lambda c: c)(x))
 
 
+@pytest.mark.slow
 def test_what_hides_a_gradient_is_told():
     assert any("stop_gradient inside" in note for note in js.compare_gradients(stopped, X).notes)
     assert any("rules that could not be removed" in note for note in js.compare_gradients(force, X).notes)
@@ -169,6 +170,7 @@ def test_what_hides_a_gradient_is_told():
     assert js.compare_gradients(lambda x: head(x, jnp.eye(3), None, jnp.arange(3)), x).notes == ()
 
 
+@pytest.mark.slow
 def test_a_mean_of_the_cotangent_that_is_dropped_is_found_in_bfloat16():
     centred = ruled(lambda c: c, lambda x: x - x.mean(), jnp.ones_like)
     for size in (16, 64, 4096):
@@ -203,6 +205,7 @@ def transformer(parameters, x):
     return optax.softmax_cross_entropy_with_integer_labels(x, jnp.arange(len(x)) % 16).mean()
 
 
+@pytest.mark.slow
 def test_a_function_without_rules_is_right_in_bfloat16(key):
     def normal(key, *shape):
         return jax.random.normal(key, shape, jnp.bfloat16) / 4
@@ -335,6 +338,7 @@ def test_entries_that_tie_are_judged_together():
     assert comparison.rows[1].verdict() == "right at a kink"
 
 
+@pytest.mark.slow
 def test_random_numbers_are_compared_as_they_are_drawn(key):
     def dropout(function, x):
         y = function(x)
@@ -361,6 +365,7 @@ def test_overflow_is_wrong_where_there_is_a_number():
     assert [row.verdict()[:6] for row in comparison.rows] == ["wrong:", "wrong:"]
 
 
+@pytest.mark.slow
 def test_many_entries_that_are_wrong_come_with_a_number():
     @jax.custom_vjp
     def root(a):
@@ -470,7 +475,7 @@ WRONG = {
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", [*RIGHT, *WRONG])
+@pytest.mark.parametrize("name", mostly_slow(2, [*RIGHT, *WRONG]))
 def test_what_is_hard_to_tell(name):
     primal, backward, x = (RIGHT | WRONG)[name]
     row = js.compare_gradients(given(primal, backward), x).rows[1]
