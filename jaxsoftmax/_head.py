@@ -198,14 +198,18 @@ def linear_log_likelihood_cost(
             `num_classes`.
         block_size: The largest number of rows whose logits are held at once. The default, None, depends
             on where the program runs.
+
             On a CPU, a block is a fifth of the rows, at least 64 and at most 128; of more than 1,024
             rows it is an eighth. It has at most 2²⁴ logits, or two rows if these have more. Statistics
             take half as many rows, and labels that are formed in blocks a quarter, but not fewer than
             make 2¹⁸ logits. Up to 4 rows are one block.
+
             Elsewhere, a block has about 2²⁶ logits, and 2²⁷ if that is all there are for one product. A
             value alone takes at most 512 rows at once from 16,384 classes on.
+
             Everywhere, up to 2²⁰ logits are one block. So is a symbolic number of rows, as of
             `jax.export`. On a mesh, rows and logits are those of one device.
+
             Beyond its results, the gradient on a CPU takes the memory of about one block in float32; of
             two with a bias, smoothing or few features; of up to six with all options or with labels that
             are no integers. bfloat16 weights are held once in float32 there. Elsewhere it takes two
@@ -217,12 +221,14 @@ def linear_log_likelihood_cost(
         Cost in nats, float32 (float64 for float64 features or weights): a scalar, or (*batch) for
         "none". It is differentiable in every floating-point argument but a teacher, each gradient in
         its argument's dtype.
+
         bfloat16 and float16 features enter the products as they are, float8 ones as bfloat16. For the
         products, weights and the logits' gradient are rounded to the same dtype. Products accumulate in
         float32, so that float32 weights beside bfloat16 features have a float32 gradient. A bfloat16
         gradient is rounded after its last block, and once more if it is then multiplied by a number that
         is no power of two. In float16 the logits' gradient enters in units that keep its digits, however
         a loss is scaled.
+
         At ±inf, NaN and weight 0 the logits mean what they do for `log_likelihood_cost`. Only an example
         of weight 0 with broken features counts as one whose features are 0.
 
@@ -335,8 +341,10 @@ def head_statistics(
         `label_rank` (int32), None without integer labels: a label is among the first k where it is
         below k, and its reciprocal rank is 1 / (1 + label_rank). Confident rows keep the digits of all
         of these, and of their gradients.
+
         `softcap` and `logit_scale` may round two logits to the same number: prediction and rank are those
         before that.
+
         NaN or +inf among an example's logits makes its statistics NaN, and its prediction any class. So
         do logits that are all −inf, but their log-normaliser and the label's log-likelihood are −inf.
         Under jit, a label that names no class makes the label's log-likelihood NaN. Where that is not
