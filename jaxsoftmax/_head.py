@@ -211,11 +211,11 @@ def linear_log_likelihood_cost(
             `jax.export`. On a mesh, rows and logits are those of one device.
 
             Beyond its results, the gradient on a CPU takes the memory of about one block in float32; of
-            two with a bias, smoothing or few features; of up to six with all options or with labels that
-            are no integers. bfloat16 weights are held once in float32 there. Elsewhere it takes two
-            blocks, and the logits' gradient of up to 2 D rows in the features' dtype, for D bfloat16
-            features (D rows for float32). If there are more rows than that, it also takes the weights'
-            gradient once in float32.
+            two with a bias, smoothing, or bfloat16 or float16 features; of up to six with all options or
+            with labels that are no integers. bfloat16 weights are held once in float32 there. Elsewhere
+            it takes two blocks, and the logits' gradient of up to 2 D rows in the features' dtype, for D
+            bfloat16 features (D rows for float32). If there are more rows than that, it also takes the
+            weights' gradient once in float32.
 
     Returns:
         Cost in nats, float32 (float64 for float64 features or weights): a scalar, or (*batch) for
