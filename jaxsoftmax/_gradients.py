@@ -121,18 +121,19 @@ def compare_gradients(
             notes.append("gradients are those of all outputs times random numbers, added up")
         run = partial(_said, "function cannot be differentiated", own.run, task.floats)
         # A large multiple shows what clips, but may overflow.
-        factor, draws = _draws(cotangents, -50.3, -64.0)
-        outputs, gradients = run(draws)
-        if not all(jnp.all(jnp.isfinite(each)) for each in gradients):
-            factor, draws = _draws(cotangents, -1.7, -2.0)
+        for factors in ((-50.3, -64.0), (-1.7, -2.0)):
+            factor, draws = _draws(cotangents, *factors)
             outputs, gradients = run(draws)
+            by_draws = list(map(_numpy, gradients))
+            if all(np.isfinite(each).all() for each in by_draws):
+                break
         _refuse_other_shapes("function's rules", outputs, plain.outputs)
         custom = [
             _Custom("value", path, aval.dtype, x.dtype, _numpy(x))
             for path, aval, x in zip(plain.paths, plain.outputs, outputs, strict=True)
         ] + [
-            _by_draws(path, x.dtype, each.dtype, _numpy(each), factor)
-            for path, x, each in zip(task.paths, task.floats, gradients, strict=True)
+            _by_draws(path, x.dtype, gradient.dtype, each, factor)
+            for path, x, gradient, each in zip(task.paths, task.floats, gradients, by_draws, strict=True)
         ]
         step("reference")
         if given is None:
@@ -193,7 +194,7 @@ class _Task:
         self.floats = [jnp.asarray(self._leaves[i]) for i in self._at]
         self.is_wide = False
         with self.wide():
-            self.wide_floats = [x.astype(jnp.promote_types(x.dtype, precision)) for x in self.floats]
+            self.wide_floats = [_placed(x, x, jnp.promote_types(x.dtype, precision)) for x in self.floats]
         self.is_wide = [x.dtype for x in self.floats] == [x.dtype for x in self.wide_floats]
 
     @contextmanager
@@ -280,7 +281,7 @@ class _Program:
     def results(self, floats, cotangents) -> list[np.ndarray]:
         """The floating-point outputs and each argument's gradient."""
         outputs, gradients = self.run(floats, [c[None] for c in cotangents])
-        return [_numpy(x) for x in (*outputs, *(each[0] for each in gradients))]
+        return [*map(_numpy, outputs), *(_numpy(each)[0] for each in gradients)]
 
 
 def _like(cotangent, output):
@@ -381,11 +382,10 @@ def _with_noise(task, program, cotangents, results) -> list[Any]:
     """
     generator = np.random.default_rng(0)
     for _ in range(4):
-        near = [
-            x
-            + x * jnp.asarray(float(jnp.finfo(x.dtype).eps) * generator.choice([-1, 1], x.shape), x.dtype)
-            for x in task.floats
-        ]
+        near = []
+        for x in task.floats:
+            ulp = float(jnp.finfo(x.dtype).eps) * generator.choice([-1, 1], x.shape)
+            near.append(_placed(_numpy(x) * (1 + ulp), x))
         shaken, _ = _attempt(program.results, near, cotangents)
         if shaken is None:
             return results
@@ -425,11 +425,7 @@ def _judged(task, function, own, cotangents, custom, results, everywhere, notes)
                     gradients, digits = [by_exact[i] for i in at], 2.0**-9
 
     def evaluate(arrays):
-        moved = [
-            jax.device_put(jnp.asarray(array, x.dtype), x.sharding)
-            for array, x in zip(arrays, floats, strict=True)
-        ]
-        return program.forward_values(moved)
+        return program.forward_values(list(map(_placed, arrays, floats)))
 
     contradiction = Contradiction(gradients, [results[i].truth for i in at], disputed, digits)
     with wide():
@@ -570,13 +566,14 @@ def _draws(cotangents, of_scalar, of_arrays) -> tuple[float, list[Any]]:
     multiplies these exactly.
     """
     if _is_one_number(cotangents):
-        multiple = jnp.asarray(of_scalar, cotangents[0].dtype)
-        return float(jnp.real(multiple)), [jnp.stack([multiple, cotangents[0]])]
+        draws = np.asarray([of_scalar, 1], cotangents[0].dtype)
+        return float(draws[0].real), [draws]
     draws = []
     for i, c in enumerate(cotangents):
-        some = (jnp.arange(c.size).reshape(c.shape) + i) % 2 == 0
-        zero = jnp.zeros_like(c)
-        draws.append(jnp.stack([of_arrays * c, c, jnp.where(some, c, zero), jnp.where(some, zero, c)]))
+        some = (np.arange(c.size).reshape(c.shape) + i) % 2 == 0
+        zero = np.zeros_like(c)
+        times = np.asarray(of_arrays, c.dtype)
+        draws.append(np.stack([times * c, c, np.where(some, c, zero), np.where(some, zero, c)]))
     return of_arrays, draws
 
 
@@ -619,6 +616,15 @@ def _unseen(removal: Removal) -> list[str]:
     if removal.opaque:
         notes.append(f"rules left inside {', '.join(sorted(removal.opaque))}")
     return notes
+
+
+def _placed(array: Any, like: Any, dtype: Any = None) -> Any:
+    """An array where another lies and, without a dtype, in its dtype.
+
+    Converted by numpy: JAX would compile a program for each shape.
+    """
+    array = np.asarray(array, dtype or like.dtype)
+    return jax.device_put(array, like.sharding) if like.committed else jnp.asarray(array)
 
 
 def _numpy(x: Any) -> np.ndarray:
@@ -665,10 +671,10 @@ def _cotangents(outputs: list[Any], key: PRNGKeyArray) -> list[Any]:
     Their mean is not near 0, so that a rule that forgets a mean of them is seen.
     """
     if _is_one_number(outputs):
-        return [jnp.ones((), outputs[0].dtype)]
+        return [np.ones((), outputs[0].dtype)]
     keys = jax.random.split(key, len(outputs))
     return [
-        jax.random.normal(each, out.shape, out.dtype) + 0.5
+        np.asarray(jax.random.normal(each, out.shape, out.dtype)) + np.asarray(0.5, out.dtype)
         for each, out in zip(keys, outputs, strict=True)
     ]
 
