@@ -672,11 +672,16 @@ def _cotangents(outputs: list[Any], key: PRNGKeyArray) -> list[Any]:
     """
     if _is_one_number(outputs):
         return [np.ones((), outputs[0].dtype)]
-    keys = jax.random.split(key, len(outputs))
-    return [
-        np.asarray(jax.random.normal(each, out.shape, out.dtype)) + np.asarray(0.5, out.dtype)
-        for each, out in zip(keys, outputs, strict=True)
-    ]
+    # JAX would compile its generator for each shape.
+    generator = np.random.default_rng(np.ravel(jax.random.key_data(key)))
+
+    def draw(out):
+        c = generator.normal(0.5, size=out.shape)
+        if jnp.issubdtype(out.dtype, jnp.complexfloating):
+            c = c + 1j * generator.normal(size=out.shape)
+        return np.asarray(c, out.dtype)
+
+    return list(map(draw, outputs))
 
 
 def _is_one_number(arrays: list[Any]) -> bool:

@@ -21,17 +21,18 @@ ROWS = hnp.arrays(np.float32, (3, 4), elements=st.floats(-50, 50, width=32))
 def test_every_entry_is_right_at_every_confidence(confidence):
     logits = random_logits((3, 10), 1, jnp.float32).at[:, 4].set(confidence)
     exact = np.asarray(logits, np.float64)
-    assert_relative(js.softmax(logits), oracle.softmax(exact), eps_multiple=8)
-    assert_relative(js.log_softmax(logits), oracle.log_softmax(exact), eps_multiple=8)
-    assert_relative(js.softmax_jacobian(logits), oracle.softmax_jacobian(exact), eps_multiple=8)
+    jacobian = jax.jit(js.softmax_jacobian)(logits)
+    assert_relative(jacobian, oracle.softmax_jacobian(exact), eps_multiple=8)
     # A positive cotangent at one class of each row: nothing cancels in the truth either.
-    cotangent = jnp.zeros((3, 10)).at[jnp.arange(3), jnp.array([4, 0, 9])].set(1.7)
-    for function, vjp in (
-        (js.softmax, oracle.softmax_vjp),
-        (js.log_softmax, oracle.log_softmax_vjp),
+    cotangent = np.zeros((3, 10), np.float32)
+    cotangent[[0, 1, 2], [4, 0, 9]] = 1.7
+    for function, truth, vjp in (
+        (js.softmax, oracle.softmax, oracle.softmax_vjp),
+        (js.log_softmax, oracle.log_softmax, oracle.log_softmax_vjp),
     ):
-        (gradient,) = jax.vjp(function, logits)[1](cotangent)
-        assert_relative(gradient, vjp(exact, np.asarray(cotangent, np.float64)), eps_multiple=8)
+        value, (gradient,) = value_and_vjp(function, logits, cotangent)
+        assert_relative(value, truth(exact), eps_multiple=8)
+        assert_relative(gradient, vjp(exact, cotangent.astype(np.float64)), eps_multiple=8)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -45,9 +46,9 @@ def test_where_and_axis_mean_what_they_mean_in_jax(function):
     reference = {js.softmax: jax.nn.softmax, js.log_softmax: jax.nn.log_softmax}[function]
     logits = random_logits((3, 4, 5), 2, jnp.float32)
     mask = jnp.array([True, True, False, True])[:, None]
-    for axis in (0, 1, -1, -2):
-        options = {"axis": axis, "where": mask if axis in (1, -2) else None}
-        kept = mask if axis in (1, -2) else True
+    for axis in (0, -2):
+        options = {"axis": axis, "where": mask if axis == -2 else None}
+        kept = mask if axis == -2 else True
 
         def masked(z, options=options, kept=kept):
             return jnp.where(kept, reference(z, **options), 0)

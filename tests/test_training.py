@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, slow, unchecked
+from helpers import assert_close, random_logits, slow, unchecked
 
 import jaxsoftmax as js
 
@@ -60,7 +60,7 @@ def test_an_epoch_uses_every_example_exactly_once(key, examples, batch_size):
 def test_an_epoch_is_a_loop_of_steps(key):
     optimizer = optax.adam(0.01)
     network = js.init_network(key, 6, 8, 3)
-    data = jax.random.normal(key, (10, 6)), jnp.arange(10) % 3
+    data = random_logits((10, 6), 1, jnp.float32), jnp.arange(10) % 3
 
     def cost(network, batch):
         return js.network_cost(network, *batch)
@@ -134,7 +134,7 @@ def test_aux_and_a_running_state_go_as_in_a_loop_of_numpy(key):
     def start():
         return js.init_state(jnp.zeros(2), sgd, {"mean": jnp.ones(2), "batches": jnp.int32(0)})
 
-    sgd, x = optax.sgd(0.5), jax.random.normal(key, (10, 2))
+    sgd, x = optax.sgd(0.5), random_logits((10, 2), 1, jnp.float32)
     epoch = jax.jit(js.make_epoch(cost, sgd, 4, has_aux=True), donate_argnums=0)
     step = js.make_step(cost, sgd, has_aux=True)
     first, state = start(), start()
