@@ -17,7 +17,7 @@ import jaxsoftmax as js
 ROWS = hnp.arrays(np.float32, (3, 4), elements=st.floats(-50, 50, width=32))
 
 
-@pytest.mark.parametrize("confidence", [-80.0, slow(-20.0), 0.0, slow(20.0), 40.0, slow(80.0)])
+@pytest.mark.parametrize("confidence", [-80.0, slow(-20.0), slow(0.0), slow(20.0), 40.0, slow(80.0)])
 def test_every_entry_is_right_at_every_confidence(confidence):
     logits = random_logits((3, 10), 1, jnp.float32).at[:, 4].set(confidence)
     exact = np.asarray(logits, np.float64)

@@ -225,7 +225,7 @@ def test_costs_of_every_kind_of_labels(kind, dtype, reduction, options, by_row):
 
 
 @pytest.mark.parametrize(
-    ("lead", "block_size"), [slow(5.0, 2), (20.0, None), (40.0, 2), slow(80.0, None)]
+    ("lead", "block_size"), [slow(5.0, 2), slow(20.0, None), (40.0, 2), slow(80.0, None)]
 )
 def test_entropy_keeps_its_digits_however_confident(lead, block_size):
     z = np.random.default_rng(1).normal(size=(3, 12)).astype(np.float32)
