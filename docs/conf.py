@@ -80,7 +80,7 @@ def with_formulas(lines):
     """The lines of a docstring, its formulas typeset: what is indented above the first section."""
     is_above = True
     for line in lines:
-        is_above = is_above and not re.fullmatch(r"\w+:", line)
+        is_above = is_above and not re.fullmatch(r"[A-Z]\w+:", line)
         if is_above and line.startswith("    "):
             yield from (f".. math:: {in_tex(line.strip())}", "")
         else:

@@ -155,18 +155,20 @@ def test_no_request_leaves_the_machine(page, browser, address):
 
 
 def test_mathematics_is_rendered(page, browser):
-    formulas, rendered, broken, text = browser.execute_script("""
+    formulas, rendered, broken, plain, text = browser.execute_script("""
         const formulas = [...document.querySelectorAll(".math")];
         return [
             formulas.length,
             formulas.filter(each => each.querySelector("mjx-container svg")?.clientHeight > 0).length,
             [...document.querySelectorAll("svg [data-mml-node=merror], svg [fill=red]")].map(
                 each => each.closest(".math").textContent),
+            // What is indented in a docstring is a formula.
+            [...document.querySelectorAll("dd blockquote")].map(each => each.textContent),
             document.querySelector("article").innerText,
         ]""")
     assert rendered == formulas
     assert formulas > {"index.html": 5, "derivation.html": 20, "exactness.html": 5}.get(page, -1)
-    assert broken == []
+    assert broken == plain == []
     assert "\\(" not in text
     assert "\\frac" not in text
 
