@@ -103,7 +103,7 @@ def names_break_between_words(_app, _page, _template, context, _tree):
     """On a narrow screen a long name in code goes on after one of its own signs, not inside a word."""
     context["body"] = re.sub(
         r'(?<=<span class="pre">)[^<]+',
-        lambda code: re.sub(r"(?<=[_.(,=/])(?=\w)", "<wbr>", code[0]),
+        lambda code: re.sub(r"(?<=[_.(,=/])(?=\w)|(?<=[a-z])(?=[A-Z])", "<wbr>", code[0]),
         context.get("body", ""),
     )
 
