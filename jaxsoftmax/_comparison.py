@@ -142,7 +142,7 @@ class GradientComparison(NamedTuple):
 
         Raises:
             AssertionError: With the table, if a custom value or gradient is wrong or could not be judged,
-                or if no rule was compared and no reference was given.
+                or if no rule was compared and no reference was given, or no argument has an entry.
         """
         __tracebackhide__ = True  # Under pytest the table alone is shown.
         found = {}
@@ -154,6 +154,8 @@ class GradientComparison(NamedTuple):
         problems = [f"{text} {', '.join(found[word])}" for word, text in texts.items() if word in found]
         if not self.given and not any(rule.compared for rule in self.rules):
             problems.append("no rule was compared")
+        if not any(math.prod(row.shape) for row in self.rows if row.kind == "gradient"):
+            problems.append("the arguments have no entry to compare")
         if problems:
             raise AssertionError(f"{'; '.join(problems)}:\n{self}")
 

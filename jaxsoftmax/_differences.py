@@ -148,7 +148,7 @@ class _Judge:
         """Up to three groups of arrays, each along one direction; then more of those that are wrong."""
         rows = [i for i, mask in enumerate(self._disputed) if mask.any()]
         groups = [part.tolist() for part in np.array_split(rows, min(len(rows), _GROUPS))]
-        once, wrong = len(groups), {}
+        once, doubtful = len(groups), {}
         # A direction that is nearly across the gradient shows little: one or two have others besides.
         for position, part in enumerate(groups * (4 // once)):
             # The groups that come have a first try each.
@@ -166,14 +166,14 @@ class _Judge:
             if verdict == "unknown" and position >= once:
                 continue
             self._steps.sort(key=lambda step, best=slope.step: step != best)
-            if verdict in _WRONG:
-                wrong.setdefault(tuple(part), (direction, slope, verdict, gradients))
+            if verdict in (*_WRONG, "kink"):
+                doubtful.setdefault(tuple(part), (direction, slope, verdict, gradients))
             else:
                 self._tell(group, verdict)
-        for part, (direction, slope, verdict, gradients) in wrong.items():
+        for part, (direction, slope, verdict, gradients) in doubtful.items():
             group = {i: self._disputed[i] for i in part}
-            if self._bends(group, slope):
-                self._tell(group, self._of_some(group))
+            if verdict == "kink" or self._bends(group, slope):
+                self._apart(group)
             elif len(part) == 1:
                 self._tell(group, verdict, (*gradients, slope.value))
             else:
@@ -186,6 +186,23 @@ class _Judge:
         along, bend = self.line.central(direction, step)
         norm = math.hypot(*(self._norms[i] for i in group))
         return not abs(bend) <= max(abs(along), norm) / 256 + 8 * self.line.noise(step, self._eps)
+
+    def _apart(self, group) -> None:
+        """Arrays with kinks, each by itself, and in it what is likely to be at a kink and what is not.
+
+        A kink at x comes of numbers that are set, such as 0, or that tie. Beside one, an error below its
+        bend is not seen.
+        """
+        for i, mask in group.items():
+            is_set = _is_set(self.line.argument(i))
+            for some in (mask & ~is_set, mask & is_set):
+                if not some.any():
+                    continue
+                one, direction = {i: some}, self._direction(i, some)
+                gradients, slope, verdict = self._along(one, {i: direction}, self._steps[:2], alone=True)
+                if verdict in _WRONG and self._bends(one, slope):
+                    verdict = self._of_some(one)
+                self._tell(one, verdict, (*gradients, slope.value))
 
     def _of_some(self, group) -> Verdict:
         """The verdict on the few entries that are most disputed, one by one."""
@@ -301,6 +318,10 @@ class _Line:
         )
         return [c * y for c, y in zip(self._cotangents, moved, strict=True)]
 
+    def argument(self, i: int) -> np.ndarray:
+        """Where an argument is."""
+        return self._arguments[i]
+
     def noise(self, step: float, eps: float) -> float:
         """What rounding of the outputs leaves in a slope."""
         return 2 * eps * self.size / step
@@ -329,10 +350,8 @@ class _Line:
                 flat = min(flat, _Slope(0.0, self.noise(step, eps), 0.0, step), key=_error)
                 continue
             verdict = tried.judge(gradients, scale, digits)
-            if verdict == "kink" and finest and step > min(steps):
-                near = self._extrapolated(direction, scale, eps, min(steps)) or _Slope()
-                closer = near.judge(gradients, scale, digits)
-                return (tried, verdict) if closer in ("unknown", "kink") else (near, closer)
+            if verdict == "kink" and finest:
+                return self._closer(direction, scale, eps, steps, gradients, digits, tried)
             if verdict not in ("neither", "unknown"):
                 return tried, verdict
             tries.append(tried)
@@ -341,6 +360,17 @@ class _Line:
         best = min(tries, key=_error, default=flat)
         best = best if math.isfinite(best.error) else flat
         return best, best.judge(gradients, scale, digits)
+
+    def _closer(self, direction, scale, eps, steps, gradients, digits, kink) -> tuple[_Slope, Verdict]:
+        """The kink that a step has shown, or what the finest step shows that can tell."""
+        step = min(steps)
+        while step < kink.step:
+            near = self._extrapolated(direction, scale, eps, step) or _Slope()
+            verdict = near.judge(gradients, scale, digits)
+            if verdict != "unknown":
+                return near, verdict
+            step *= 16
+        return kink, "kink"
 
     def _extrapolated(self, direction, scale, eps, step) -> _Slope | None:
         """A derivative by one step; None if nothing moves at all."""
@@ -375,6 +405,12 @@ def _scales(x: Any, by_size: Any) -> np.ndarray:
     size = np.abs(np.where(np.isfinite(x), x, 0))
     usual = np.median(size[size > 0]) if np.any(size > 0) else 1.0
     return np.asarray(np.where(by_size & (size > 0), size, np.maximum(size, usual)))
+
+
+def _is_set(x: np.ndarray) -> np.ndarray:
+    """Which entries are whole numbers, or occur more than once."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts[inverse].reshape(x.shape) > 1) | (x == np.round(x))
 
 
 def _only(shape: tuple[int, ...], at: Any) -> np.ndarray:

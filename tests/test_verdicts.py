@@ -103,6 +103,8 @@ def test_forward_rules_are_compared_if_asked():
     comparison = js.compare_gradients(tripled, X)
     assert [tuple(rule) for rule in comparison.rules] == [("custom_jvp", "tripled", 1, False)]
     assert "no rule was found to compare (jvp=True compares custom_jvp rules)" in comparison.notes
+    with pytest.raises(AssertionError, match="the arguments have no entry to compare"):
+        js.compare_gradients(ruled(lambda c: c), jnp.zeros(0)).assert_close()
     with pytest.raises(AssertionError, match="no rule was compared:\n"):
         comparison.assert_close()
     comparison = js.compare_gradients(lambda x: tripled(x) + quintupled(jax.nn.relu(x)), X, jvp=True)
@@ -393,6 +395,9 @@ def test_misuse_is_named():
         js.compare_gradients(lambda n, x: n * right(x), 3, X, argnums=0)
     with pytest.raises(TypeError, match=r"key must be a jax\.random\.key or None, got 3"):
         unchecked(js.compare_gradients)(right, X, key=3)
+    for no_key in (jax.random.split(jax.random.key(0)), jnp.ones(2), jnp.ones((2, 2), jnp.uint32)):
+        with pytest.raises(TypeError, match=r"key must be a jax\.random\.key or None, got Array"):
+            unchecked(js.compare_gradients)(right, X, key=no_key)
 
     def refuse(_):
         raise ValueError("said by the callback")
@@ -439,6 +444,13 @@ def as_float32(x):
     return jax.pure_callback(lambda x: 10 * np.asarray(x, np.float32), shape, narrow)
 
 
+def lasso(x):
+    """What reverse mode cannot go through."""
+    cost = lambda s: (s[0] + 1, jnp.sum(jnp.abs(x) + x**2 / 2))  # noqa: E731
+    return jax.lax.while_loop(lambda s: s[0] < 1, cost, (0, 0.0))[1]
+
+
+SPARSE = jnp.asarray(np.r_[np.zeros(15), np.linspace(0.5, 2, 9)], jnp.float32)
 SATURATED = jnp.clip(jnp.linspace(-3, 3, 40), -1, 1)
 RIGHT = {
     "a convention at many kinks": (lambda x: jnp.clip(x, -1, 1), ramp, SATURATED),
@@ -446,6 +458,7 @@ RIGHT = {
     "a tie, shared": (
         lambda x: jnp.abs(x).max(), lambda x, c: equal_to_the_largest(x, c) / 2, jnp.array([2.0, -2]),
     ),
+    "some at kinks, some not": (lasso, lambda x, c: c * (jnp.sign(x) + x), SPARSE),
     "stairs": (bisected, lambda x, c: c / (2 * jnp.sqrt(x)), jnp.array([2.0, 3.0])),
     "below the normal numbers": (
         lambda x: x * jnp.asarray(1e-6, x.dtype), lambda _, c: c * jnp.asarray(1e-6, c.dtype),
@@ -457,6 +470,14 @@ WRONG = {
     "a tie, counted twice": (lambda x: jnp.abs(x).max(), equal_to_the_largest, jnp.array([2.0, -2])),
     "too long at 0": (jnp.linalg.norm, lambda _, c: c * jnp.array([1.0, -1, 1]), jnp.zeros(3)),
     "at many kinks": (jax.nn.relu, lambda x, c: 2 * c * (x >= 0).astype(c.dtype), jnp.zeros(40)),
+    "beside kinks": (lasso, lambda x, c: c * (jnp.sign(x) + 1.5 * x), SPARSE),
+    "beside kinks that plain autodiff knows": (
+        lambda x: jnp.maximum(x, 0), lambda x, c: c * jnp.where(x > 0, 1.1, x == 0), SPARSE,
+    ),
+    "near a kink, with a large value": (
+        lambda x: jnp.maximum(x, 0).sum() + 5000,
+        lambda x, c: c * jnp.where(x > 0.5, 1, jnp.where(x > 0, 0.3, 0)), jnp.array([1e-8, 1, 2]),
+    ),
     "near a kink": (
         lambda x: jnp.maximum(x, x / 10), lambda x, c: c * jnp.where(x > 1e-6, 1, 0.1),
         jnp.array([10, 20, 1e-7]),
@@ -480,6 +501,26 @@ def test_what_is_hard_to_tell(name):
     primal, backward, x = (RIGHT | WRONG)[name]
     row = js.compare_gradients(given(primal, backward), x).rows[1]
     assert row.verdict().startswith("right" if name in RIGHT else "wrong"), row.verdict()
+
+
+def test_an_array_beside_one_at_kinks_is_judged_alone():
+    primal = given(
+        lambda arrays: sum(map(lasso, arrays)),
+        lambda arrays, c: [c * (jnp.sign(x) + (0.0 if i == 1 else x)) for i, x in enumerate(arrays)],
+    )
+    smooth = jnp.linspace(0.5, 2, 8)
+    rows = js.compare_gradients(primal, [jnp.zeros(8), smooth, smooth, smooth]).rows
+    assert [row.verdict().split()[0] for row in rows[1:]] == ["right", "wrong", "right", "right"]
+
+
+def test_the_largest_number_may_be_moved():
+    def backward(x, c):
+        a = jax.nn.softmax(x)
+        return a * (c - 1.001 * (c * a).sum())
+
+    masked = jnp.array([1, 2, jnp.finfo(jnp.float32).min])
+    row = js.compare_gradients(given(jax.nn.softmax, backward), masked).rows[1]
+    assert row.verdict().startswith("wrong")
 
 
 def test_the_array_that_is_wrong_is_named():
