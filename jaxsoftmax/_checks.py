@@ -153,7 +153,10 @@ def as_where(where: Any, shape: tuple[Any, ...]) -> Array:
     try:
         return jnp.broadcast_to(mask, shape)
     except ValueError:
-        raise ValueError(f"where {mask.shape} must broadcast to the logits' {shape}") from None
+        raise ValueError(
+            f"where {mask.shape} must broadcast to the logits' {shape}: it tells which classes exist. To "
+            "leave examples out, pass sample_weight"
+        ) from None
 
 
 def as_labels(
@@ -168,6 +171,11 @@ def as_labels(
     Probabilities have their classes last. Where `weight` is 0 the label may be anything. Integer labels
     name one of the first `num_classes` classes, of all if None.
     """
+    if hasattr(labels, "_fields"):
+        raise TypeError(
+            f"{type(labels).__name__} goes with the costs of features: labels must be integers or "
+            "probabilities here"
+        )
     array = as_array("labels", labels, "integers (one class per example) or probabilities")
     batch = batch_of(shape, axes)
     classes = class_size(shape, axes) if num_classes is None else num_classes
@@ -192,6 +200,11 @@ def as_labels(
             raise ValueError(
                 f"probability labels must have the logits' shape {shape}, or that of one row for all "
                 f"examples, got {given}: pass integer labels to name one class per example"
+            )
+        if given == batch:
+            raise ValueError(
+                f"floating-point labels {given} may be classes, one for each example, or a row of "
+                "probabilities for all: pass classes as integers, and a row as labels[None]"
             )
         return classes_last(array, axes)
     raise TypeError(
@@ -286,7 +299,11 @@ def as_number(
 
 
 def as_normalizer(
-    reduction: Any, normalizer: Any, sample_weight: Any, dtype: jax.typing.DTypeLike
+    reduction: Any,
+    normalizer: Any,
+    sample_weight: Any,
+    class_weight: Any,
+    dtype: jax.typing.DTypeLike,
 ) -> Any:
     """What "mean" divides by, if it is given; else the sum of the weights must be of use for it."""
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
@@ -298,6 +315,13 @@ def as_normalizer(
                 raise ValueError(
                     f"the mean divides by the sum of the sample weights, which is {np.sum(known):.6g}, "
                     "as some are negative: set normalizer, for example to the number of examples"
+                )
+        if reduction == "mean" and class_weight is not None and is_known(class_weight):
+            lowest = np.min(np.asarray(class_weight, np.float64))
+            if lowest < 0:
+                raise ValueError(
+                    f"the mean divides by a sum of class weights, and {lowest:.6g} is one of them: set "
+                    "normalizer, for example to the number of examples"
                 )
         return None
     if reduction != "mean":

@@ -133,10 +133,12 @@ def log_likelihood_cost(
     Raises:
         TypeError: If logits, labels, mask or weights have the wrong kind of dtype (bool labels
             included).
-        ValueError: If shapes do not fit, an option is out of its range, sample weights known outside jit,
-            some of them negative, do not add up to more than 0 for "mean", or an integer label known
-            outside jit is not in [0, classes). Under jit such a label gives NaN in the example's cost and
-            gradient, which the float checks of `jax.experimental.checkify` report.
+        ValueError: If shapes do not fit, an option is out of its range, or floating-point labels of the
+            examples' shape would broadcast to the logits'. What is known outside jit is refused too:
+            for "mean" without `normalizer` negative class weights, and sample weights, some of them
+            negative, that do not add up to more than 0; and an integer label not in [0, classes). Under
+            jit such a label gives NaN in the example's cost and gradient, which the float checks of
+            `jax.experimental.checkify` report.
 
     Note:
         Second derivatives work as forward over reverse: `jax.jvp` of `jax.grad`, `jax.hessian`. Forward
@@ -158,7 +160,7 @@ def log_likelihood_cost(
     classes = class_size(z.shape, axis)
     options = as_options(class_weight, label_smoothing, z_loss, classes, dtype)
     exists = None if where is None else as_where(where, z.shape)
-    normalizer = as_normalizer(reduction, normalizer, sample_weight, dtype)
+    normalizer = as_normalizer(reduction, normalizer, sample_weight, class_weight, dtype)
     return _log_likelihood((axes, axis, reduction), z, labels, v, options, exists, normalizer)
 
 
@@ -210,7 +212,7 @@ def quadratic_cost(
         Nielsen (2015), "Neural Networks and Deep Learning", chapter 3, on the learning slowdown.
     """
     z, axis, labels, v, axes = _as_examples(logits, labels, axis, sample_weight, class_axis)
-    as_normalizer(reduction, None, sample_weight, z.dtype)
+    as_normalizer(reduction, None, sample_weight, None, z.dtype)
     return _quadratics((axes, axis, reduction), z, labels, v)
 
 

@@ -254,13 +254,18 @@ def linear_log_likelihood_cost(
     References:
         Wijmans et al. (2024), "Cut your losses in large-vocabulary language models", arXiv:2411.09009.
     """
+    if labels is None:
+        raise TypeError(
+            "labels must be integers, probabilities, SparseLabels or TeacherLabels, got None: "
+            "head_statistics works without labels"
+        )
     layer = _as_layer(
         features, weights, bias, logit_scale, softcap, num_classes, where, batch_axis, class_axis
     )
     dtype, classes = layer.dtype, layer.shape[-1]
     rows, fixed = _as_rows(labels, layer, sample_weight)
     options = as_options(class_weight, label_smoothing, z_loss, classes, dtype)
-    normalizer = as_normalizer(reduction, normalizer, sample_weight, dtype)
+    normalizer = as_normalizer(reduction, normalizer, sample_weight, class_weight, dtype)
     plan = _as_plan(_costs, layer, labels, block_size)._replace(has_statistics=return_statistics)
     if plan.is_formed and class_weight is not None and reduction == "mean" and normalizer is None:
         plan = plan._replace(has_weights=True)
@@ -533,7 +538,7 @@ def _as_sparse(labels, layer, sample_weight):
     batch = layer.shape[:-1]
     if numbers.shape != probabilities.shape or numbers.shape[:-1] != batch or not numbers.ndim:
         raise ValueError(
-            f"labels.classes and labels.probabilities must both have shape {(*batch, 'k')}, got "
+            f"labels.classes and labels.probabilities must both have shape {batch} and an axis more, got "
             f"{numbers.shape} and {probabilities.shape}"
         )
     counts = labels.probabilities

@@ -115,7 +115,11 @@ def make_step(
         (2.0, 0.2, 5.0, 3.0)
     """
     _check(optimizer, cost)
-    return jax.jit(lambda state, batch: _step(cost, optimizer, has_aux, state, batch))
+
+    def step(state, batch):
+        return _step(cost, optimizer, has_aux, state, batch)
+
+    return jax.jit(step)
 
 
 def make_epoch(

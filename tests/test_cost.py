@@ -446,6 +446,12 @@ def test_errors_say_what_to_do(cost):
         cost(logits, jnp.ones((2, 3), jnp.int32))
     with pytest.raises(ValueError, match=r"logits' shape \(2, 3\), .* got \(2,\): pass integer labels"):
         cost(logits, jnp.array([0.0, 1.0]))
+    square, row = jnp.ones((3, 3)), jnp.array([0.2, 0.3, 0.5])
+    with pytest.raises(ValueError, match=r"may be classes, .* or a row .*: pass classes as integers"):
+        jax.jit(cost)(square, row)
+    assert_close(cost(square, row[None]), cost(square, jnp.stack([row] * 3)), ulps=0)
+    with pytest.raises(TypeError, match="SparseLabels goes with the costs of features"):
+        unchecked(cost)(logits, js.SparseLabels(labels[:, None], jnp.ones((2, 1))))
     with pytest.raises(ValueError, match="'mean', 'sum' or 'none', got 'average'"):
         cost(logits, labels, reduction="average")
     with pytest.raises(ValueError, match=r"sample_weight must have shape \(2,\), .* got \(3,\)"):

@@ -67,6 +67,10 @@ def test_negative_weights_want_a_normalizer():
     x, w = jnp.eye(3), jnp.asarray(LOGITS)
     with pytest.raises(ValueError, match="set normalizer"):
         js.linear_log_likelihood_cost(x, w, None, jnp.array(LABELS), sample_weight=advantages)
+    with pytest.raises(
+        ValueError, match=r"sum of class weights, and -0\.2 is one of them: set normalizer"
+    ):
+        js.log_likelihood_cost(LOGITS, jnp.array(LABELS), class_weight=jnp.linspace(-0.2, 1, w.shape[1]))
     for cost, arguments in (
         (js.log_likelihood_cost, (w,)),
         (js.linear_log_likelihood_cost, (x, w, None)),

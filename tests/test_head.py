@@ -515,6 +515,8 @@ def test_errors_say_what_to_do():
         cost(x, w.T, b, labels)
     with pytest.raises(ValueError, match=r"bias must have shape \(5,\), one for each class, got \(3,\)"):
         cost(x, w, b[:3], labels)
+    with pytest.raises(TypeError, match="TeacherLabels, got None: head_statistics works without labels"):
+        cost(x, w, b, None)
     with pytest.raises(TypeError, match="features must be real floating-point numbers, got int32"):
         cost(jnp.ones((4, 3), int), w, b, labels)
     with pytest.raises(ValueError, match=r"integer labels must have shape \(4,\), .* got \(2,\)"):
