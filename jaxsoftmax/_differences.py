@@ -85,6 +85,7 @@ class _Judge:
     def __init__(self, line, arguments, contradiction, eps):
         custom, self._reference, self._disputed, self._digits = contradiction
         self.line, self._custom, self._eps, self._precise = line, custom, eps, eps < 2.0**-40
+        self._arguments = arguments
         self._steps = list(_STEPS[self._precise])
         self._generator = np.random.default_rng(0)
         self.found: list[list[Verdict]] = [[] for _ in arguments]
@@ -194,7 +195,7 @@ class _Judge:
         bend is not seen.
         """
         for i, mask in group.items():
-            is_set = _is_set(self.line.argument(i))
+            is_set = _is_set(self._arguments[i])
             for some in (mask & ~is_set, mask & is_set):
                 if not some.any():
                     continue
@@ -317,10 +318,6 @@ class _Line:
             [x + step * direction[i] if i in direction else x for i, x in enumerate(self._arguments)]
         )
         return [c * y for c, y in zip(self._cotangents, moved, strict=True)]
-
-    def argument(self, i: int) -> np.ndarray:
-        """Where an argument is."""
-        return self._arguments[i]
 
     def noise(self, step: float, eps: float) -> float:
         """What rounding of the outputs leaves in a slope."""
