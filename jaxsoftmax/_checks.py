@@ -173,8 +173,8 @@ def as_labels(
     """
     if hasattr(labels, "_fields"):
         raise TypeError(
-            f"{type(labels).__name__} goes with the costs of features: labels must be integers or "
-            "probabilities here"
+            f"labels must be integers or probabilities, got a {type(labels).__name__}: only the costs of "
+            "features take SparseLabels and TeacherLabels"
         )
     array = as_array("labels", labels, "integers (one class per example) or probabilities")
     batch = batch_of(shape, axes)
@@ -308,25 +308,26 @@ def as_normalizer(
     """What "mean" divides by, if it is given; else the sum of the weights must be of use for it."""
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if normalizer is None:
-        if reduction == "mean" and sample_weight is not None and is_known(sample_weight):
-            known = np.asarray(sample_weight, np.float64)
-            if np.any(known < 0) and np.sum(known) <= 0:
-                raise ValueError(
-                    f"the mean divides by the sum of the sample weights, which is {np.sum(known):.6g}, "
-                    "as some are negative: set normalizer, for example to the number of examples"
-                )
-        if reduction == "mean" and class_weight is not None and is_known(class_weight):
-            lowest = np.min(np.asarray(class_weight, np.float64))
-            if lowest < 0:
-                raise ValueError(
-                    f"the mean divides by a sum of class weights, and {lowest:.6g} is one of them: set "
-                    "normalizer, for example to the number of examples"
-                )
-        return None
-    if reduction != "mean":
-        raise ValueError(f"normalizer goes with reduction 'mean', got {reduction!r}")
-    return as_number("normalizer", normalizer, dtype)
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(f"normalizer goes with reduction 'mean', got {reduction!r}")
+        return as_number("normalizer", normalizer, dtype)
+    if reduction == "mean":
+        of_examples, of_classes = (
+            np.asarray(weight if weight is not None and is_known(weight) else (), np.float64)
+            for weight in (sample_weight, class_weight)
+        )
+        if np.any(of_examples < 0) and np.sum(of_examples) <= 0:
+            raise ValueError(
+                f"the mean divides by the sum of the sample weights, which is {np.sum(of_examples):.6g}, "
+                "as some are negative: set normalizer, for example to the number of examples"
+            )
+        if np.any(of_classes < 0):
+            raise ValueError(
+                f"the mean divides by a sum of class weights, and {np.min(of_classes):.6g} is one of "
+                "them: set normalizer, for example to the number of examples"
+            )
+    return None
 
 
 def as_count(name: str, value: Any) -> int:

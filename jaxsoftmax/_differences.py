@@ -13,8 +13,8 @@ import numpy as np
 Verdict = Literal["custom", "reference", "both", "neither", "kink", "no value", "unknown"]
 
 # Up to so many entries are judged one by one. Of more, up to three groups of arrays are, each along one
-# direction, in so many evaluations in all, but for those of a contradiction.
-ENTRIES = _EVALUATIONS = 20
+# direction, in so many evaluations in all, but for those of a contradiction or at kinks.
+_ENTRIES = _EVALUATIONS = 20
 _GROUPS = 3
 _SOME = 4  # Where there are kinks, so many entries speak for all.
 
@@ -44,6 +44,11 @@ class Contradiction(NamedTuple):
     digits: float
 
 
+def are_few(disputed: Arrays) -> bool:
+    """Whether there are so few entries that they are judged one by one."""
+    return sum(int(mask.sum()) for mask in disputed) <= _ENTRIES
+
+
 @np.errstate(all="ignore")  # What is not finite is not judged.
 def judge(
     evaluate: Callable[[list[np.ndarray]], Arrays],
@@ -68,10 +73,9 @@ def judge(
         eps: That of the numbers that the function computes with.
     """
     judged = _Judge(_Line(evaluate, arguments, cotangents), arguments, contradiction, eps)
-    count = sum(int(mask.sum()) for mask in contradiction.disputed)
     if not math.isfinite(judged.line.size):
         judged.found = [["no value"] if mask.any() else [] for mask in contradiction.disputed]
-    elif count <= ENTRIES:
+    elif are_few(contradiction.disputed):
         judged.entries()
     else:
         judged.arrays()

@@ -16,7 +16,7 @@ from jax.extend import core as jax_core
 from jaxtyping import PRNGKeyArray
 
 from ._comparison import GradientComparison, GradientRow
-from ._differences import ENTRIES, Contradiction, Verdict, judge
+from ._differences import Contradiction, Verdict, are_few, judge
 from ._rules import Removal, coarsest, filled, is_array, refuse_uncallable
 
 try:
@@ -54,8 +54,8 @@ def compare_gradients(
     Where plain automatic differentiation is impossible, not finite or says another thing than the rule,
     differences judge: central ones, extrapolated, in float64 where the function can. Up to 20 entries are
     judged one by one, more along a few directions in at most 20 evaluations, and some more where these
-    contradict a gradient. What they cannot tell is not judged, and never right. So is an entry that is
-    NaN or infinite in truth.
+    contradict a gradient or show a kink. What they cannot tell is not judged, and never right. So is an
+    entry that is NaN or infinite in truth.
 
     Args:
         function: Returns any pytree of arrays; usually it uses `jax.custom_vjp`. It is run as one
@@ -409,7 +409,7 @@ def _judged(task, function, own, cotangents, custom, results, everywhere, notes)
         return results
     # Plain autodiff that is wrong somewhere may be so elsewhere, where the rule says the same.
     whole = [mask | mask.any() for mask in disputed]
-    disputed = whole if sum(mask.sum() for mask in whole) <= ENTRIES else disputed
+    disputed = whole if are_few(whole) else disputed
     floats, program, wide = task.floats, own, nullcontext
     gradients = [custom[i].result for i in at]
     # A function that iterates to a tolerance follows its ideal derivative no better.
@@ -438,7 +438,7 @@ def _judged(task, function, own, cotangents, custom, results, everywhere, notes)
             program.eps(),
         )
     told = f"errors below {100 * digits:.2g} %"
-    if sum(mask.sum() for mask in disputed) > ENTRIES:
+    if not are_few(disputed):
         told = "along a few directions; errors below 1 %, or in few entries,"
     notes.append(f"differences: {used} evaluations; {told} are not seen")
     for i, along in zip(at, slopes, strict=True):

@@ -450,7 +450,9 @@ def test_errors_say_what_to_do(cost):
     with pytest.raises(ValueError, match=r"may be classes, .* or a row .*: pass classes as integers"):
         jax.jit(cost)(square, row)
     assert_close(cost(square, row[None]), cost(square, jnp.stack([row] * 3)), ulps=0)
-    with pytest.raises(TypeError, match="SparseLabels goes with the costs of features"):
+    with pytest.raises(
+        TypeError, match="got a SparseLabels: only the costs of features take SparseLabels"
+    ):
         unchecked(cost)(logits, js.SparseLabels(labels[:, None], jnp.ones((2, 1))))
     with pytest.raises(ValueError, match="'mean', 'sum' or 'none', got 'average'"):
         cost(logits, labels, reduction="average")

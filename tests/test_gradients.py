@@ -345,11 +345,12 @@ def test_a_plot_shows_every_gradient():
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.slow
 def test_libraries_that_know_nothing_of_it(key):
+    import tokamax  # It takes two seconds, which each process that runs tests would spend.
+
     x = jax.random.normal(key, (8, 4))
     labels = jnp.arange(8) % 3
     layer = eqx.nn.MLP(4, 3, 8, 1, key=key)
     graph, state = flax.nnx.split(flax.nnx.Linear(4, 3, rngs=flax.nnx.Rngs(0)))
-    import tokamax  # It takes two seconds, which each process that runs tests would spend.
 
     def equinox(layer, x):
         return js.log_likelihood_cost(jax.vmap(layer)(x), labels)
