@@ -44,7 +44,7 @@ class Contradiction(NamedTuple):
     digits: float
 
 
-def are_few(disputed: Arrays) -> bool:
+def are_few(disputed: Sequence[Any]) -> bool:
     """Whether there are so few entries that they are judged one by one."""
     return sum(int(mask.sum()) for mask in disputed) <= _ENTRIES
 
