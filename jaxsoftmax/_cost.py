@@ -51,6 +51,7 @@ from ._rows import (
     sum_over_classes,
     sums_and_kept,
     sums_without,
+    targets_behind,
     winner,
 )
 from ._softmax import (
@@ -278,10 +279,9 @@ def example_costs(
     exists: Array | None,
     axes: Axes = (),
     in_place: bool = False,
-) -> tuple[Float[Array, "*batch"], tuple[Array, Array] | None]:
-    """What each example costs, its sample weight v included; and what came by on the way.
-
-    That is, of integer labels, the log-normaliser and the label's log-likelihood, without any option.
+    with_row: bool = False,
+) -> tuple[Float[Array, "*batch"], Row | None]:
+    """What each example costs, its sample weight v included; and the row it is made of, if so told.
 
     `exists` tells, for (classes) or (*batch, classes), which classes do; z must be −inf for the others.
     In place, the gradient by logits that nothing else uses is to take no memory beside theirs.
@@ -294,12 +294,18 @@ def example_costs(
         z = z.astype(dtype)
     z, labels = _alike(z, _as_targets(labels, v, dtype))
     smoothed = None if alpha is None else (1 - alpha, alpha * _even(exists, z, axes))
-    if is_soft:
-        q = labels if smoothed is None else smoothed[0] * labels + smoothed[1]
-        cost, m, log_sum = _target_cost(axes, z, q if w is None else across(w, q.ndim) * q)
+    row = None
+    if is_soft or with_row:
+        # The sums without the winner make every class exact, so what else is wanted needs no others.
+        targets = labels
+        if is_soft and smoothed is not None:
+            targets = smoothed[0] * labels + smoothed[1]
+        if is_soft and w is not None:
+            targets = across(w, labels.ndim) * targets
+        cost, m, log_sum, sums = _row_cost(axes, z, targets)
+        row = Row(z, sums) if with_row else None
     else:
         cost, m, log_sum = _label_cost((axes, in_place), z, labels)
-    on_the_way = None if is_soft else (m + log_sum, -cost)
     m = jax.lax.stop_gradient(m)
     if v is not None:
         ignored = (v == 0) & ~jnp.isfinite(cost + log_sum)
@@ -317,7 +323,7 @@ def example_costs(
     if zeta is not None:
         squared = jnp.square(m + log_sum)
         cost += zeta * (squared if w is None else _weighted(class_weight, squared))
-    return cost if v is None else _weighted(v, cost), on_the_way
+    return cost if v is None else _weighted(v, cost), row
 
 
 def total_weight(
@@ -454,14 +460,28 @@ def label_row(logits: Float[Array, "*batch classes"], labels: Array, axes: Axes 
     return row if _is_probability(labels) else row._replace(sums=_if_named(labels, row.sums))
 
 
-def log_likelihood_gradient(row: Row, labels: Array, axes: Axes = ()) -> Float[Array, "*batch classes"]:
+class TargetSums(NamedTuple):
+    """The sum of each row's targets but the winner's, and the winner's target."""
+
+    others: Float[Array, "*batch 1"]
+    own: Float[Array, "*batch 1"]
+
+
+def _target_sums(axes, row, targets):
+    number = row.sums.number
+    return TargetSums(sum_of_all_but(axes, targets, number), pick(targets, number, axes))
+
+
+def log_likelihood_gradient(
+    row: Row, labels: Array, axes: Axes = (), of_targets: TargetSums | None = None
+) -> Float[Array, "*batch classes"]:
     """∂C/∂z_j = a_j T − y_j for each row, with T = Σ_k y_k and without its cancellation."""
     a = row.probabilities
     if not _is_probability(labels):
         return jnp.where(is_class(a, _number(labels, a, axes)), -row.complements, a)
     # Only the winner's a may be more than ½, so only its a T is no better known than what is left of it.
     index, sums = row.sums.number, row.sums
-    others, own = sum_of_all_but(axes, labels, index), pick(labels, index, axes)
+    others, own = of_targets or _target_sums(axes, row, labels)
     of_winner = share(sums.own, sums.others) * others - share(sums.others, sums.own) * own
     return jnp.where(is_class(a, index), of_winner, a * (others + own) - labels)
 
@@ -550,22 +570,25 @@ def _is_positive(total):
     return (total > 0) & jnp.isfinite(total)
 
 
-# The same for targets t, one for each class.
+# The same, and the sums, from those without the winner: for targets t, one for each class, or where
+# an integer label's cost is not all that is wanted.
 @custom_vjp_static_first
-def _target_cost(axes, logits, targets):
-    return _target_cost_fwd(axes, logits, targets)[0]
+def _row_cost(axes, logits, labels):
+    return _row_cost_fwd(axes, logits, labels)[0]
 
 
-class _TargetResiduals(NamedTuple):
+class _RowResiduals(NamedTuple):
     row: Row
     cost: Array
-    targets: Array
+    labels: Array
+    of_targets: TargetSums | None
 
 
-def _target_cost_fwd(axes, logits, targets):
+def _row_cost_fwd(axes, logits, labels):
     row = row_of(axes, logits)
-    cost = _cost_of_targets(axes, row, targets)
-    return (cost, row.sums.maximum[..., 0], row.log_sum[..., 0]), _TargetResiduals(row, cost, targets)
+    cost, of_targets = _cost_of(axes, row, labels)
+    values = cost, row.sums.maximum[..., 0], row.log_sum[..., 0], row.sums
+    return values, _RowResiduals(row, cost, labels, of_targets)
 
 
 # C = −Σ_k t_k ln a_k with ∂ ln a_k/∂z_j = δ_jk − a_j, so
@@ -573,23 +596,44 @@ def _target_cost_fwd(axes, logits, targets):
 #     ∂C/∂z_w = a_w (T − t_w) − t_w (1 − a_w)  for the winner, where a_w T may be nearly t_w
 #     ∂C/∂t_k = −ln a_k
 # and as above ∂ ln Σ_k e_k/∂z_j = a_j
-def _target_cost_bwd(axes, residuals, cotangents):
-    row, cost, targets = residuals
-    d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in whole(cotangents, axes))
+def _row_cost_bwd(axes, residuals, cotangents):
+    row, cost, labels, of_targets = residuals
+    d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in whole(cotangents[:3], axes))
     sound = jnp.isfinite(cost)[..., None] & _is_positive(row.sums.total)
     ignored = (d_cost == 0) & (d_log_sum == 0) & ~sound
-    gradient = d_cost * log_likelihood_gradient(row, targets, axes) + d_log_sum * row.probabilities
-    d_targets = d_cost * _surprise(row, targets)
-    return jnp.where(ignored, 0, gradient), jnp.where(ignored, 0, d_targets)
+    d_cost = _unless_nowhere(labels, d_cost)
+    gradient = d_cost * log_likelihood_gradient(row, labels, axes, of_targets)
+    gradient = jnp.where(ignored, 0, gradient + d_log_sum * row.probabilities)
+    if not _is_probability(labels):
+        return gradient, None
+    return gradient, jnp.where(ignored, 0, d_cost * _surprise(row, labels))
 
 
-_target_cost.defvjp(_target_cost_fwd, _target_cost_bwd)
+_row_cost.defvjp(_row_cost_fwd, _row_cost_bwd)
+
+
+def _cost_of(axes, row, labels):
+    """−Σ_k t_k ln a_k, or −ln a_y; and the targets' sums, None for an integer label."""
+    if _is_probability(labels):
+        return _cost_of_targets(axes, row, labels)
+    return _cost_of_class(axes, row, labels), None
 
 
 def _cost_of_targets(axes, row, targets):
-    cost = sum_over_classes(targets * _surprise(row, targets), axes)
-    impossible = (sum_over_classes(targets, axes) > 0) & (row.sums.total == 0)
-    return jnp.where(impossible, jnp.inf, cost)[..., 0]
+    """Σ_k t_k (−ln a_k), 0 where t_k is 0; and the targets' sums."""
+    others, own = of_targets = _target_sums(axes, row, targets)
+    # −ln a_k is (m − z_k) + ln Σ e for all but the winner.
+    cost = targets_behind(axes, row.logits, row.sums, targets)
+    cost += row.log_sum * others + row.surprise_of_winner * own
+    impossible = (others + own > 0) & (row.sums.total == 0)
+    return jnp.where(impossible, jnp.inf, cost)[..., 0], of_targets
+
+
+def _unless_nowhere(labels, cotangent):
+    """The cotangent, NaN where an integer label names no class, but for what is not counted."""
+    if _is_probability(labels):
+        return cotangent
+    return jnp.where((labels[..., None] < 0) & (cotangent != 0), jnp.nan, cotangent)
 
 
 def _surprise(row, targets):
@@ -621,23 +665,24 @@ class _StatisticsResiduals(NamedTuple):
     mean_behind: Array  # d̄
     cost: Array | None
     labels: Array | None
+    of_targets: TargetSums | None
 
 
 def _row_statistics_fwd(axes, logits, labels):
-    row = row_of(axes, logits)
+    return statistics_of_row(axes, row_of(axes, logits), labels)
+
+
+def statistics_of_row(axes: Axes, row: Row, labels: Any) -> tuple[RowStatistics, _StatisticsResiduals]:
+    """The statistics of a row whose sums are known, without a gradient; and what the rule keeps."""
     sums = row.sums
-    mean_behind = behind_in_all(axes, logits, sums) / sums.total
-    cost = likelihood = None
+    mean_behind = behind_in_all(axes, row.logits, sums) / sums.total
+    cost = of_targets = likelihood = None
     if labels is not None:
-        cost = (
-            _cost_of_targets(axes, row, labels)
-            if _is_probability(labels)
-            else _cost_of_class(axes, row, labels)
-        )
+        cost, of_targets = _cost_of(axes, row, labels)
         likelihood = -cost
     normalizer, entropy = sums.maximum + row.log_sum, row.surprise_of_winner + mean_behind
     statistics = normalizer[..., 0], entropy[..., 0], likelihood, sums.number[..., 0]
-    return RowStatistics(*statistics), _StatisticsResiduals(row, mean_behind, cost, labels)
+    return RowStatistics(*statistics), _StatisticsResiduals(row, mean_behind, cost, labels, of_targets)
 
 
 def _cost_of_class(axes, row, labels):
@@ -653,7 +698,7 @@ def _cost_of_class(axes, row, labels):
 # ∂/∂z_j of ln Σ_k exp z_k is a_j, of H it is a_j (−ln a_j − H) = a_j (d_j − d̄) with d_w = 0, and of the
 # label's log-likelihood what the cost has, with the other sign.
 def _row_statistics_bwd(axes, residuals, cotangents):
-    row, mean_behind, cost, labels = residuals
+    row, mean_behind, cost, labels, of_targets = residuals
     d_normalizer, d_entropy, *d_label = (
         cotangent[..., None] for cotangent in whole(cotangents[:3], axes) if cotangent is not None
     )
@@ -666,9 +711,9 @@ def _row_statistics_bwd(axes, residuals, cotangents):
         return gradient, None
     (d_label,) = d_label
     uncounted = (d_label == 0) & ~(jnp.isfinite(cost)[..., None] & _is_positive(row.sums.total))
-    if not _is_probability(labels):
-        d_label = jnp.where((labels[..., None] < 0) & (d_label != 0), jnp.nan, d_label)
-    gradient -= jnp.where(uncounted, 0, d_label * log_likelihood_gradient(row, labels, axes))
+    d_label = _unless_nowhere(labels, d_label)
+    of_label = log_likelihood_gradient(row, labels, axes, of_targets)
+    gradient -= jnp.where(uncounted, 0, d_label * of_label)
     if not _is_probability(labels):
         return gradient, None
     return gradient, jnp.where(uncounted, 0, -d_label * _surprise(row, labels))

@@ -51,6 +51,7 @@ from ._cost import (
     example_weights,
     reduced,
     row_statistics,
+    statistics_of_row,
     total_weight,
 )
 from ._mesh import (
@@ -200,9 +201,9 @@ def linear_log_likelihood_cost(
             on where the program runs.
 
             On a CPU, a block is a fifth of the rows, at least 64 and at most 128; of more than 1,024
-            rows it is an eighth. It has at most 2²⁴ logits, or two rows if these have more. Statistics
-            take half as many rows, and labels that are formed in blocks a quarter, but not fewer than
-            make 2¹⁸ logits. Up to 4 rows are one block.
+            rows it is an eighth. It has at most 2²⁴ logits, or two rows if these have more.
+            `head_statistics`, and labels that are formed in blocks, take half as many rows, but not
+            fewer than make 2¹⁸ logits. Up to 4 rows are one block.
 
             Elsewhere, a block has about 2²⁶ logits, and 2²⁷ if that is all there are for one product. A
             value alone takes at most 512 rows at once from 16,384 classes on.
@@ -211,8 +212,9 @@ def linear_log_likelihood_cost(
             `jax.export`. On a mesh, rows and logits are those of one device.
 
             Beyond its results, the gradient on a CPU takes the memory of about one block in float32; of
-            two with a bias, smoothing, or bfloat16 or float16 features; of up to six with all options or
-            with labels that are no integers. bfloat16 weights are held once in float32 there. Elsewhere
+            two with a bias, a softcap, bfloat16 or float16 features, or labels that are no integers; of
+            three with smoothing or a scale, and of up to six with all options. JAX 0.12 takes one more
+            for most of these. bfloat16 weights are held once in float32 there. Elsewhere
             it takes two blocks, and the logits' gradient of up to 2 D rows in the features' dtype, for D
             bfloat16 features (D rows for float32). If there are more rows than that, it also takes the
             weights' gradient once in float32.
@@ -425,7 +427,7 @@ class _Plan(NamedTuple):
     @property
     def arrays(self) -> int:
         """About how many arrays of a block's size the step holds at once."""
-        return 4 if self.is_formed else 2 if self.step is _statistics else 1
+        return 2 if self.is_formed or self.step is _statistics else 1
 
 
 class _Layer(NamedTuple):
@@ -653,27 +655,28 @@ def _costs(plan, z, shared, rows):
     axes, v, options = plan.axes, rows.free.sample_weight, shared.free.options
     z, bent, exists = _bent(plan, z, shared, rows)
     labels = _targets(plan, bent, shared, rows, exists)
-    cost, on_the_way = example_costs(bent, labels, v, options, exists, axes, in_place=True)
+    cost, row = example_costs(
+        bent, labels, v, options, exists, axes, in_place=True, with_row=plan.has_statistics
+    )
     weight = example_weights(labels, v, options.class_weight, axes) if plan.has_weights else None
     statistics = None
-    if plan.has_statistics:
-        statistics = _as_statistics(*_statistics_of(plan, z, bent, labels, on_the_way))
+    if row is not None:
+        found, _ = statistics_of_row(axes, row, labels)
+        statistics = _as_statistics(*_with_numbers(plan, z, bent, labels, found))
     return (cost, weight), statistics
 
 
 def _statistics(plan, z, shared, rows):
     """Each row's statistics, and its numbers of classes, which have no gradient."""
     z, bent, exists = _bent(plan, z, shared, rows)
-    return _statistics_of(plan, z, bent, _targets(plan, bent, shared, rows, exists))
+    labels = _targets(plan, bent, shared, rows, exists)
+    return _with_numbers(plan, z, bent, labels, row_statistics(plan.axes, bent, labels))
 
 
-def _statistics_of(plan, z, bent, labels, on_the_way=None):
+def _with_numbers(plan, z, bent, labels, statistics):
+    """Statistics that have a gradient, and the numbers beside them: prediction and rank."""
     axes, first = plan.axes, first_class(z, plan.axes)
-    normalizer, entropy, likelihood, number = row_statistics(axes, bent, labels)
-    if on_the_way is not None:
-        normalizer, likelihood = on_the_way
-        # The cost has taken class 0 for a label that names none and counts for nothing.
-        likelihood = jnp.where(labels < 0, jnp.nan, likelihood)
+    normalizer, entropy, likelihood, number = statistics
     # What bends logits changes no order, but may make them equal.
     prediction = number + first if bent is z else winner(axes, z)[:, 0]
     label_rank = None
@@ -743,11 +746,12 @@ def _targets(plan, z, shared, rows, exists) -> Any:
         return numbers if probabilities is None else probabilities
     probabilities = probabilities.astype(z.dtype)
     index = numbers - first_class(z, plan.axes)
-    index = jnp.where(index < 0, z.shape[-1], index)
+    # What names no class makes its row NaN, through the first class, unless its probability is 0.
+    is_nowhere = (numbers < 0) & (probabilities != 0)
+    index = jnp.where(is_nowhere, 0, jnp.where(index < 0, z.shape[-1], index))
     row = jnp.arange(z.shape[0])[:, None]
-    targets = jnp.zeros_like(z).at[row, index].add(probabilities, mode="drop")
-    nowhere = jnp.any((numbers < 0) & (probabilities != 0), axis=-1, keepdims=True)
-    return jnp.where(nowhere, jnp.nan, targets)
+    probabilities = jnp.where(is_nowhere, jnp.nan, probabilities)
+    return jnp.zeros_like(z).at[row, index].add(probabilities, mode="drop")
 
 
 # How steps are run: with the rules of their own, or with one of all blocks.

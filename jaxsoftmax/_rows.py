@@ -215,14 +215,39 @@ def _behind_jvp(axes, primals, tangents):
 
 
 @partial(jax.jit, static_argnums=0)
+def targets_behind(
+    axes: Axes,
+    logits: Float[Array, "*batch classes"],
+    sums: RowSums,
+    targets: Float[Array, "*batch classes"],
+) -> Float[Array, "*batch 1"]:
+    """Σ_{k≠w} t_k (m − z_k) of each row, w the winner; 0 for a target of 0 and a logit of −inf."""
+    return _targets_behind(axes, logits, sums.number, sums.maximum, targets)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _targets_behind(axes, z, winner, m, t):
+    return total(by_processor(_targets_behind_on_cpu, _targets_behind_elsewhere, z, winner, m, t), axes)
+
+
+@_targets_behind.defjvp
+def _targets_behind_jvp(axes, primals, tangents):
+    # The maximum is held fixed.
+    (z, winner, m, t), (d_z, _, _, d_t) = primals, tangents
+    slope = d_t * _distance_unless_0(z, m, t) - t * d_z
+    d_behind = sum_over_classes(jnp.where(is_class(z, winner), 0, slope), axes)
+    return _targets_behind(axes, *primals), d_behind
+
+
+@partial(jax.jit, static_argnums=0)
 def sum_of_all_but(
     axes: Axes, values: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]
 ) -> Float[Array, "*batch 1"]:
     """The sum over each row without the value at `index`."""
 
     def on_cpu(values, index):
-        distance = _distance(values, index, values.dtype)
-        return jnp.sum(values * jnp.minimum(distance, 1), axis=-1, keepdims=True)
+        _, is_other = _is_other(values, index, pick(values, index))
+        return jnp.sum(values * is_other, axis=-1, keepdims=True)
 
     def elsewhere(values, index):
         return jnp.sum(jnp.where(is_class(values, index), 0, values), axis=-1, keepdims=True)
@@ -377,6 +402,16 @@ def _behind_elsewhere(axes, z, index, m, low):
     return sum_over_classes(jnp.where(is_class(z, index), 0, jnp.exp(z - low) * bounded(m - z)), axes)
 
 
+def _targets_behind_elsewhere(z, winner, m, t):
+    behind = jnp.where(is_class(z, winner), 0, t * _distance_unless_0(z, m, t))
+    return jnp.sum(behind, axis=-1, keepdims=True)
+
+
+def _distance_unless_0(z, m, t):
+    distance = m - rounded(z)
+    return jnp.where((t == 0) & jnp.isposinf(distance), 0, distance)
+
+
 def _winner_elsewhere(axes, values):
     number = jnp.argmax(values, axis=-1, keepdims=True).astype(jnp.int32) + first_class(values, axes)
     if not axes:
@@ -408,10 +443,9 @@ def _sums_on_cpu(axes, z, index, of_winner=False):
 
     def others(z, first, low, index):
         # The smaller of a distance and e_k: 0 for the class at index, e_k for all others.
-        distance = _distance(z, index - first, low.dtype, 2.0**100)
-        return jnp.minimum(
-            distance, _exponentials(z, low) if of_winner else jnp.exp(_settled(z, low) - low)
-        )
+        low, before = _places_before(z, index - first, low, 2.0**100)
+        e = _exponentials(z, low) if of_winner else jnp.exp(_settled(z, low) - low)
+        return jnp.minimum(jnp.abs(before), e)
 
     # Where the class at index leads, the others' sum may be small. Measured from so far below, none that
     # counts beside 10⁻³⁸ underflows, and differences are rounded to 8 eps at most. Squares lose
@@ -438,24 +472,36 @@ def _kept_on_cpu(in_place, axes, z, index):
 
 
 def _ahead_on_cpu(values, own, index):
-    def ahead(values, first, own, zero, index):
+    def ahead(values, first, own, index):
         # Any difference is more than all numbers of classes then.
-        larger = (_settled(values, own) - own) * 2.0**126
-        before = _places_before(values, index - first, own.dtype)
-        return jnp.maximum(jnp.minimum(larger + before, 1), zero)
+        own, before = _places_before(values, index - first, own)
+        own, one, much = _for_itself(own, 1.0, 2.0**126)
+        larger = (_settled(values, own) - own) * much
+        # With a constant 0 both bounds would be one operation, before which XLA stores what it bounds.
+        return jnp.maximum(jnp.minimum(larger + before, one), 0 * own)
 
     own = own.astype(arithmetic_dtype(values.dtype))
-    # A constant 0 would make one operation of both bounds, before which XLA stores what it bounds.
-    return _reduce_row(jnp.sum, ahead, values, own, 0 * own, index).astype(jnp.int32)
+    return _reduce_row(jnp.sum, ahead, values, own, index).astype(jnp.int32)
 
 
 def _behind_on_cpu(axes, z, index, m, low):
     def others(z, first, index, m, low):
-        is_other = jnp.minimum(_distance(z, index - first, m.dtype), 1)
+        low, is_other = _is_other(z, index - first, low)
+        low, most = _for_itself(low, jnp.finfo(m.dtype).max / 2)
         z = _settled(z, m)
-        return is_other * (jnp.exp(z - low) * bounded(m - z))
+        return is_other * (jnp.exp(z - low) * jnp.minimum(m - z, most))
 
     return total(_reduce_row(jnp.sum, others, z, index, m, low), axes)
+
+
+def _targets_behind_on_cpu(z, winner, m, t):
+    def others(z, first, t, index, m):
+        m, is_other = _is_other(z, index - first, m)
+        m, much = _for_itself(m, jnp.finfo(m.dtype).max)
+        # 0 · ∞ is NaN. So the smaller of the distance and ∞, or 0 where t is 0.
+        return is_other * (t * jnp.minimum(m - _settled(z, m), jnp.abs(t) * much * much))
+
+    return _reduce_row(jnp.sum, others, z, t, winner, m)
 
 
 def _reduce_row(reduce, terms, z, *columns):
@@ -470,7 +516,12 @@ def _reduce_row(reduce, terms, z, *columns):
         row, *columns = (z, *columns) if z.dtype.itemsize >= 4 else _barrier((z, *columns))
         return reduce(terms(row, 0, *columns), axis=-1, keepdims=True)
     # Without the barriers the compiler would form the terms first, and make one reduction of two.
-    part, *columns = _barrier((z.reshape(*batch, -1, length), *(c[..., None] for c in columns)))
+    part, *columns = _barrier(
+        [
+            each.reshape(*batch, -1, length) if each.shape[-1] == classes else each[..., None]
+            for each in (z, *columns)
+        ]
+    )
     first = across(length * jnp.arange(classes // length, dtype=jnp.int32)[:, None], part.ndim)
     of_parts = reduce(terms(part, first, *columns), axis=-1)
     return reduce(_barrier(of_parts), axis=-1, keepdims=True)
@@ -524,22 +575,38 @@ def _references(axes, z, index, in_place=False):
 def _exponentials(z, m):
     """e_k in units of 1 / UNIT, as squares: no root that counts beside 10⁻³⁸ underflows."""
     # A maximum of their own, or the differences would be stored for whoever else takes them.
-    m = m if known_size(z.shape[-1]) <= FEW else _barrier(m)
-    root = jnp.exp((_settled(z, m) - m) / 2)
-    return root * (UNIT * root)
+    is_short = known_size(z.shape[-1]) <= FEW
+    m, half, unit = (m, 0.5, UNIT) if is_short else _for_itself(m, 0.5, UNIT)
+    root = jnp.exp((_settled(z, m) - m) * half)
+    return root * (unit * root)
 
 
-def _distance(values, index, dtype, unit=1.0):
-    """How many classes each class is away from the one at `index`, times the unit."""
-    return jnp.abs(_places_before(values, index, dtype, unit))
+def _is_other(values, index, column):
+    """The column for itself, and 0 for the class at `index`, 1 for all others."""
+    column, before = _places_before(values, index, column)
+    column, one = _for_itself(column, 1.0)
+    return column, jnp.minimum(jnp.abs(before), one)
 
 
-def _places_before(values, index, dtype, unit=1.0):
-    """How many classes each class is before the one at `index`, times the unit."""
+def _places_before(values, index, column, unit=1.0):
+    """The column for itself, and how many places before `index` each class is, times the unit."""
     numbers = jnp.arange(values.shape[-1], dtype=index.dtype)
     if known_size(values.shape[-1]) > MOST_FLOATS:
-        return unit * (index - across(numbers, index.ndim)).astype(dtype)
-    return unit * index.astype(dtype) - across(unit * numbers.astype(dtype), index.ndim)
+        column, index, numbers = _barrier((column, index, numbers))
+        return column, unit * (index - across(numbers, index.ndim)).astype(column.dtype)
+    column, numbers = _for_itself(column, unit * numbers.astype(column.dtype))
+    # Where labels are constants, XLA's library would be wrong by a column of one constant.
+    index = jnp.where(column == column, unit * index.astype(column.dtype), column)
+    return column, index - across(numbers, index.ndim)
+
+
+def _for_itself(data, *small):
+    """What a pass goes through, and numbers, or a row of them, that no other pass shares.
+
+    What two passes of a program have in common XLA would store before both, as large as the logits.
+    """
+    small = (jnp.asarray(each, arithmetic_dtype(data.dtype)) for each in small)
+    return _barrier((data, *small))
 
 
 def _apart(z):
@@ -560,12 +627,13 @@ def _winner_on_cpu(axes, values):
     dtype, count = arithmetic_dtype(values.dtype), class_count(values, axes)
     if known_size(count) > MOST_FLOATS:
         return _winner_elsewhere(axes, values)
-    m = largest(jnp.max(_apart(values), axis=-1, keepdims=True).astype(dtype), axes)
-    # 0 for the largest and 1 elsewhere: the smallest difference there is, made 1.
-    tiny = 2.0**-100
-    is_behind = jnp.minimum(m - _settled(values, m), tiny) * (1 / tiny)
-    numbers = across(jnp.arange(values.shape[-1], dtype=dtype), values.ndim)
+    numbers = jnp.arange(values.shape[-1], dtype=dtype)
     if axes:
         numbers += jnp.asarray(first_class(values, axes), dtype)
-    first = smallest(jnp.min(numbers + count * is_behind, axis=-1, keepdims=True), axes)
+    # The maximum and what it is subtracted from must be the same numbers, whatever computes them.
+    values, numbers, tiny, scale = _for_itself(values, numbers, 2.0**-100, count * 2.0**100)
+    m = largest(jnp.max(values, axis=-1, keepdims=True).astype(dtype), axes)
+    # 0 for the largest and 1 elsewhere: the smallest difference there is, made 1.
+    is_behind = jnp.minimum(m - _settled(values, m), tiny) * scale
+    first = smallest(jnp.min(across(numbers, m.ndim) + is_behind, axis=-1, keepdims=True), axes)
     return jnp.minimum(first, count - 1).astype(jnp.int32)

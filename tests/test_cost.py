@@ -464,6 +464,26 @@ def test_errors_say_what_to_do(cost):
         cost(jnp.ones((2, 3), jnp.int32), labels)
 
 
+@pytest.mark.parametrize("classes", [12, slow(300), 5000])
+@pytest.mark.parametrize("labels", [np.full(4, 7), np.arange(4)], ids=["the same", "arange"])
+def test_labels_that_are_constants_of_a_program(classes, labels):
+    # XLA then computes what it can of them when it compiles.
+    z = np.random.default_rng(2).normal(size=(4, classes)).astype(np.float32)
+    z[np.arange(4), labels] += 30
+    x, w = jnp.asarray(z), jnp.eye(classes)
+
+    def everything(z, labels):
+        by_label = jax.value_and_grad(lambda z: js.log_likelihood_cost(z, labels))
+        by_row = jax.value_and_grad(lambda z: js.log_likelihood_cost(z, jax.nn.one_hot(labels, classes)))
+        return by_label(z), by_row(z), js.head_statistics(z, w, None, labels)
+
+    found = jax.jit(lambda z: everything(z, labels))(x)
+    expected = jax.jit(everything)(x, jnp.asarray(labels))
+    assert float(found[0][0]) < 1e-6
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
 PRODUCERS = {
     "scaled": lambda h: h * h.dtype.type(0.3),
     "divided": lambda h: h / h.dtype.type(3),

@@ -1,5 +1,7 @@
 """Every option of the log-likelihood cost, alone and together, against NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from helpers import assert_close, mostly_slow, random_logits, slow, unchecked
 
 import jaxsoftmax as js
+from jaxsoftmax._cost import row_statistics
+from jaxsoftmax._rows import rank
 
 SHAPE = (4, 5)
 GENERATOR = np.random.default_rng(7)
@@ -177,6 +181,45 @@ def test_no_array_of_the_logits_size_beside_the_gradient(classes, dtype):
     for function, *more in ((cost,), (jax.value_and_grad(cost),), (jax.value_and_grad(cost), mask)):
         analysis = jax.jit(function).lower(logits, labels, *more).compile().memory_analysis()
         assert analysis.temp_size_in_bytes < 0.02 * 1024 * classes * dtype.dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        js.softmax,
+        lambda z: row_statistics((), z, jnp.zeros(z.shape[0], int)),
+        lambda z: rank((), z, jnp.zeros((z.shape[0], 1), int)),
+        jax.value_and_grad(lambda z: js.log_likelihood_cost(z, jax.lax.stop_gradient(z))),
+    ],
+    ids=["softmax", "statistics", "rank", "probability labels"],
+)
+@pytest.mark.parametrize("classes", [1000, slow(32768)])
+def test_nothing_of_the_logits_size_is_stored_for_two_of_a_kind(function, classes):
+    logits = jax.ShapeDtypeStruct((1024, classes), jnp.float32)
+    two = jax.jit(lambda a, b: (function(a), function(b)))
+    analysis = two.lower(logits, logits).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < 0.04 * 1024 * classes * 4
+
+
+@pytest.mark.parametrize("classes", [5, 5000])
+@pytest.mark.parametrize("dtype", [jnp.float32, slow(jnp.float64)], ids=str)
+def test_probabilities_of_impossible_classes(classes, dtype):
+    generator = np.random.default_rng(3)
+    z = np.array(generator.normal(size=(5, classes)) * 3, np.float32)
+    y = np.array(generator.gamma(1.0, size=z.shape), np.float32)
+    z[:, [0, -2]] = -np.inf
+    y[:, [0, -2]] = 0
+    y[1, -2] = 1e-30
+    z[2] = -np.inf
+    y[3, z[3].argmax()] = 0
+    y[4] *= -1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_a = z - np.log(np.exp(z.astype(float)).sum(axis=-1, keepdims=True))
+        expected = -np.where(y == 0, 0, y * log_a).sum(axis=-1)
+    expected[1:3] = np.inf
+    with jax.enable_x64(dtype == jnp.float64):
+        cost = jax.jit(partial(js.log_likelihood_cost, reduction="none"))
+        assert_close(cost(jnp.asarray(z, dtype), jnp.asarray(y, dtype)), expected, ulps=8)
 
 
 @pytest.mark.slow
