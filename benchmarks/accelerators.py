@@ -6,7 +6,8 @@ JAX's plugin for CUDA is installed instead, does so for an H100, of which the co
 there it counts the kernels that are launched, and the bytes that they read and write of the dense cost,
 in passes over the logits. These figures are compiled, not measured. On a machine with an accelerator all
 is also timed on it, and compared with float64. Replaces in accelerators.md, beside this file, the section
-of each target given: v5e, v6e, v5p, mesh, h100 and measured; if none is given, of all that can be had.
+of each target given: v5e, v6e, v5p, mesh, h100 and measured, and with _uses behind the name of a chip
+what else the head does there; if none is given, of all that can be had.
 """
 
 import importlib.util
@@ -237,6 +238,45 @@ def head_cases(rows: int) -> Iterator[tuple[str, Callable[..., Any]]]:
             yield "tokamax", partial(jax.value_and_grad, argnums=(0, 1))(in_tokamax)
 
 
+def use_cases() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Functions of features, weights and what labels are made of, by name."""
+
+    def gradient(cost, has_aux=False):
+        return jax.value_and_grad(cost, (0, 1), has_aux=has_aux)
+
+    def of_statistic(name):
+        def cost(x, w, labels, *_):
+            return jnp.mean(getattr(js.head_statistics(x, w, None, labels), name))
+
+        return gradient(cost)
+
+    def with_statistics(x, w, labels, *_):
+        return js.linear_log_likelihood_cost(x, w, None, labels, return_statistics=True)
+
+    def sparse(x, w, _, classes, probabilities, *__):
+        labels = js.SparseLabels(classes, probabilities)
+        return js.linear_log_likelihood_cost(x, w, None, labels)
+
+    def taught(x, w, _, __, ___, *teacher):
+        return js.linear_log_likelihood_cost(x, w, None, js.TeacherLabels(*teacher))
+
+    def with_teacher(x, w, _, __, ___, *teacher):
+        return products(x, w), jnp.matmul(*teacher, preferred_element_type=jnp.float32)
+
+    yield "the three products", products
+    yield "three products and a teacher's", with_teacher
+    yield "the cost", gradient(lambda x, w, labels, *_: of_head(bias=False)(x, w, None, labels))
+    yield "the cost, statistics beside it", gradient(with_statistics, has_aux=True)
+    yield (
+        "costs, none",
+        gradient(lambda x, w, labels, *_: of_head(bias=False, reduction="none")(x, w, None, labels)),
+    )
+    for name in ("log_normalizer", "entropy", "label_log_likelihood"):
+        yield name.replace("_", " "), of_statistic(name)
+    yield "labels of 20 classes each", gradient(sparse)
+    yield "a teacher as wide", gradient(taught)
+
+
 Cases = Iterator[tuple[str, Callable[..., Any]]]
 
 
@@ -406,13 +446,27 @@ def measured() -> list[str]:
     return lines
 
 
-def on_one_device(name: str) -> list[str]:
-    """Dense costs and heads for one device of a kind."""
+def on_chip(name: str) -> Callable[..., list[jax.ShapeDtypeStruct]]:
+    """`shapes` on one device of a kind."""
     if name == "h100":
         topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     else:
         topology = topologies.get_topology_desc(TPUS[name], platform="tpu")
-    shaped = partial(shapes, place=jax.sharding.SingleDeviceSharding(topology.devices[0]))
+    return partial(shapes, place=jax.sharding.SingleDeviceSharding(topology.devices[0]))
+
+
+def uses_on_one_device(name: str) -> list[str]:
+    """What else the head does, for one device of a kind."""
+    rows, features, classes = HEADS[1]
+    layer = ((rows, features), "bfloat16"), ((features, classes), "bfloat16")
+    few = ((rows, 20), "int32"), ((rows, 20), "float32")
+    title = f"{name}: features {rows} x {features}, {classes} classes, bfloat16, value and gradient"
+    return table(title, use_cases(), on_chip(name)(*layer, ((rows,), "int32"), *few, *layer))
+
+
+def on_one_device(name: str) -> list[str]:
+    """Dense costs and heads for one device of a kind."""
+    shaped = on_chip(name)
     lines: list[str] = []
     for rows, classes, dtype in DENSE:
         arguments = shaped(((rows, classes), dtype), ((rows,), "int32"))
@@ -429,15 +483,21 @@ def on_one_device(name: str) -> list[str]:
 def main() -> None:
     """Compiles, measures, prints and saves."""
     file = HERE / "accelerators.md"
-    tpus = [*TPUS, "mesh"] if importlib.util.find_spec("libtpu") else []
+    tpus = list(TPUS) if importlib.util.find_spec("libtpu") else []
     gpus = ["h100"] if importlib.util.find_spec("jax_cuda13_plugin") else []
+    uses = {f"{chip}_uses": chip for chip in [*TPUS, "h100"]}
     here = ["measured"] if jax.default_backend() != "cpu" else []
-    names = sys.argv[1:] or [*tpus, *gpus, *here]
+    mesh = ["mesh"] if tpus else []
+    to_use = [name for name, chip in uses.items() if chip in (*tpus, *gpus)]
+    names = sys.argv[1:] or [*tpus, *mesh, *gpus, *to_use, *here]
     known = re.split(r"^(?=Target \w+,)", file.read_text("utf-8"), flags=re.MULTILINE)[1:]
     sections = {section.split()[1].rstrip(","): section for section in known}
     for name in names:
         print(f"\n{name}")
-        lines = {"mesh": on_mesh, "measured": measured}.get(name, partial(on_one_device, name))()
+        if name in uses:
+            lines = uses_on_one_device(uses[name])
+        else:
+            lines = {"mesh": on_mesh, "measured": measured}.get(name, partial(on_one_device, name))()
         sections[name] = "\n".join([f"Target {name}, JAX {jax.__version__}:", *lines, "", ""])
     about = (
         "Compiled, not measured, but for the section that says so. Cycles are what the compiler for "
