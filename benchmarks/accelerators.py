@@ -483,22 +483,20 @@ def on_one_device(name: str) -> list[str]:
 def main() -> None:
     """Compiles, measures, prints and saves."""
     file = HERE / "accelerators.md"
-    tpus = list(TPUS) if importlib.util.find_spec("libtpu") else []
+    printed = {"mesh": on_mesh, "measured": measured}
+    for chip in (*TPUS, "h100"):
+        printed[chip] = partial(on_one_device, chip)
+        printed[f"{chip}_uses"] = partial(uses_on_one_device, chip)
+    tpus = [*TPUS, "mesh"] if importlib.util.find_spec("libtpu") else []
     gpus = ["h100"] if importlib.util.find_spec("jax_cuda13_plugin") else []
-    uses = {f"{chip}_uses": chip for chip in [*TPUS, "h100"]}
+    uses = [f"{name}_uses" for name in (*tpus, *gpus) if name != "mesh"]
     here = ["measured"] if jax.default_backend() != "cpu" else []
-    mesh = ["mesh"] if tpus else []
-    to_use = [name for name, chip in uses.items() if chip in (*tpus, *gpus)]
-    names = sys.argv[1:] or [*tpus, *mesh, *gpus, *to_use, *here]
+    names = sys.argv[1:] or [*tpus, *gpus, *uses, *here]
     known = re.split(r"^(?=Target \w+,)", file.read_text("utf-8"), flags=re.MULTILINE)[1:]
     sections = {section.split()[1].rstrip(","): section for section in known}
     for name in names:
         print(f"\n{name}")
-        if name in uses:
-            lines = uses_on_one_device(uses[name])
-        else:
-            lines = {"mesh": on_mesh, "measured": measured}.get(name, partial(on_one_device, name))()
-        sections[name] = "\n".join([f"Target {name}, JAX {jax.__version__}:", *lines, "", ""])
+        sections[name] = "\n".join([f"Target {name}, JAX {jax.__version__}:", *printed[name](), "", ""])
     about = (
         "Compiled, not measured, but for the section that says so. Cycles are what the compiler for "
         "TPUs estimates for one core: 1.5 in a nanosecond on v5e, 1.75 on v6e and v5p; ratios are to "
