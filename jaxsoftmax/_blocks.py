@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ._checks import arithmetic_dtype, known_size
 from ._mesh import spread, varying
-from ._rows import by_processor
+from ._rows import by_processor, taken_once
 
 ONE_BLOCK = 2**20  # So few logits are one block.
 CHUNK = 2**19  # The most numbers of the weights' gradient that one product on a CPU adds to.
@@ -57,7 +57,7 @@ def in_one_block(
 def for_each_row(
     step: Step,
     block_size: int | None,
-    arrays: int,
+    share: float,
     recompute: bool,
     x: Float[Array, "rows features"],
     layer: Affine,
@@ -67,8 +67,8 @@ def for_each_row(
     """What `step` gives for each row, block by block, each of which takes one product.
 
     To be differentiated as it stands, a block's logits are computed again, if so told, rather than kept.
-    The more `arrays` like a block's logits `step` holds at once, the fewer rows there are in a block on a
-    CPU; 1 for a cost of classes.
+    On a CPU a block has the `share` told of the rows that it has for a cost of classes: fewer where
+    `step` holds more arrays like a block's logits at once, or has no use for more.
     """
 
     def of_block(layer, shared, x, rows):
@@ -77,7 +77,7 @@ def for_each_row(
     of_block = jax.checkpoint(of_block) if recompute else of_block
 
     def blocks(way, x, layer, shared, rows):
-        size = block_size or way.rows_alone(known_size(x.shape[0]), layer.weights.shape[1], arrays)
+        size = block_size or way.rows_alone(known_size(x.shape[0]), layer.weights.shape[1], share)
         if way.is_first_apart:
             return _overlapping(partial(of_block, layer, shared), (x, rows), size)
         block = lambda _, __, own: (None, of_block(layer, shared, *own))  # noqa: E731
@@ -96,7 +96,7 @@ class IsWhole(NamedTuple):
 def with_gradients(
     step: Step,
     block_size: int | None,
-    arrays: int,
+    share: float,
     is_whole: IsWhole,
     x: Float[Array, "rows features"],
     layer: Affine,
@@ -106,11 +106,11 @@ def with_gradients(
 ) -> tuple[tuple[Any, Any], tuple[Array, Affine, Given, Given]]:
     """What `step` gives for each row, and a cotangent of its results as one of all before it.
 
-    `arrays` is as for `for_each_row`. Gradients are in float32 or wider, but whole ones by bfloat16 are
+    `share` is as for `for_each_row`. Gradients are in float32 or wider, but whole ones by bfloat16 are
     rounded to it, once all is added: then they are never held in float32. What is float16 would lose its
     range.
     """
-    ways = (partial(_gradients, way, step, block_size, arrays, is_whole) for way in (CPU, ACCELERATOR))
+    ways = (partial(_gradients, way, step, block_size, share, is_whole) for way in (CPU, ACCELERATOR))
     return by_processor(*ways, x, layer, shared, rows, cotangent)
 
 
@@ -129,7 +129,7 @@ def _product(a, b, dtype=None):
 def logits_of(x: Float[Array, "rows features"], layer: Affine) -> Float[Array, "rows classes"]:
     """The logits of some rows."""
     z = _product(x, layer.weights.astype(x.dtype))
-    return z if layer.bias is None else z + layer.bias.astype(z.dtype)[None]
+    return z if layer.bias is None else taken_once(z + layer.bias.astype(z.dtype)[None])
 
 
 def _pulled_back(step, z, shared, rows, cotangent):
@@ -225,8 +225,8 @@ def _some_rows(is_on_cpu, start, count, array):
 class _Way(NamedTuple):
     """A processor's blocks and products."""
 
-    rows: Callable[[int, int, int], int]  # In a block; of rows, classes and arrays of a block's size.
-    rows_alone: Callable[[int, int, int], int]  # The same where no product but the logits' own is taken.
+    rows: Callable[[int, int, float], int]  # In a block; of rows, classes and a share of them.
+    rows_alone: Callable[[int, int, float], int]  # The same where no product follows the logits'.
     is_first_apart: bool  # Of the blocks, or the last.
     keeps: bool  # D of several blocks, which are a part then.
     ones: int  # Rows of ones whose product with D is a sum; a TPU makes a sum of a product of one.
@@ -234,16 +234,16 @@ class _Way(NamedTuple):
     plus_by_weights: Callable[..., Array]  # total + unit xᵀ D; of total or None, x, D, unit, dtype
 
 
-def _gradients(way, step, block_size, arrays, is_whole, x, layer, shared, rows, cotangent):
+def _gradients(way, step, block_size, share, is_whole, x, layer, shared, rows, cotangent):
     (count, features), classes = x.shape, layer.weights.shape[1]
-    part, size = _sizes(way, known_size(count), features, classes, x.dtype, block_size, arrays)
+    part, size = _sizes(way, known_size(count), features, classes, x.dtype, block_size, share)
     if way.is_first_apart and block_size is None and size <= 2 and count % 2:
         # XLA on the CPU makes no product of one row, but forms its D twice: four arrays for one.
         more = jax.tree.map(
             lambda a: jnp.pad(a, [(0, 1)] + [(0, 0)] * (a.ndim - 1)), (x, rows, cotangent)
         )
         results, (d_x, *others, d_rows) = _gradients(
-            way, step, block_size, arrays, is_whole, more[0], layer, shared, *more[1:]
+            way, step, block_size, share, is_whole, more[0], layer, shared, *more[1:]
         )
         results, d_x, d_rows = jax.tree.map(lambda a: a[:count], (results, d_x, d_rows))
         return results, (d_x, *others, d_rows)
@@ -340,13 +340,13 @@ def _precisely(a, b):
 # CPUs: blocks that stay near the caches, and the weights' gradient summed a chunk of columns at a time.
 
 
-def _rows_on_cpu(rows, classes, arrays):
+def _rows_on_cpu(rows, classes, share):
     """Rows in a block: enough to keep the products busy, few enough to keep the logits small."""
-    most = min(max(64, min(-(-rows // 5), 128), -(-rows // 8)), max(2, 2**24 // classes))
+    most = min(max(64, min(-(-rows // 4), 128), -(-rows // 8)), max(2, 2**24 // classes))
     if rows * classes <= ONE_BLOCK or rows <= 4:
         most = rows
     # Fewer logits than make a quarter of a block that is alone would only take more time.
-    return max(1, most // arrays, min(most, ONE_BLOCK // 4 // classes))
+    return max(1, int(most * share), min(most, ONE_BLOCK // 4 // classes))
 
 
 def _by_features_on_cpu(d_z, weights, unit, dtype):
@@ -414,22 +414,22 @@ _turned.defvjp(_turned_fwd, _turned_bwd)
 # 128 rows would take twice their time for it.
 
 
-def _rows_elsewhere(rows, classes, _arrays):
+def _rows_elsewhere(rows, classes, _share):
     """Rows in a block: about 2²⁶ logits, in multiples of what a matrix unit takes at once."""
     most = 256 * round(2**18 / classes) or min(128, max(1, 2**26 // classes))
     return min(max(1, rows), most)
 
 
-def _rows_alone_elsewhere(rows, classes, arrays):
-    most = _rows_elsewhere(rows, classes, arrays)
+def _rows_alone_elsewhere(rows, classes, share):
+    most = _rows_elsewhere(rows, classes, share)
     # The compiler for TPUs reduces logits where their product forms them. From 16,384 classes on, 512
     # rows at once take 1.25 times the product's cycles on v5e, and more rows up to three times.
     return most if classes < 2**14 else min(most, 512)
 
 
-def _sizes(way, rows, features, classes, dtype, block_size, arrays):
+def _sizes(way, rows, features, classes, dtype, block_size, share):
     """Rows in a part, and rows in a block of it."""
-    size = block_size or way.rows(rows, classes, arrays)
+    size = block_size or way.rows(rows, classes, share)
     if not way.keeps or rows == 0:
         return size, size
     # D in the features' dtype against the accumulator in four bytes. A block with a unit is a part.

@@ -278,13 +278,14 @@ def example_costs(
     options: Options,
     exists: Array | None,
     axes: Axes = (),
-    in_place: bool = False,
+    in_place: bool | None = False,
     with_row: bool = False,
 ) -> tuple[Float[Array, "*batch"], Row | None]:
     """What each example costs, its sample weight v included; and the row it is made of, if so told.
 
     `exists` tells, for (classes) or (*batch, classes), which classes do; z must be −inf for the others.
-    In place, the gradient by logits that nothing else uses is to take no memory beside theirs.
+    In place, the gradient by logits that nothing else uses is to take no memory beside theirs. None tells
+    that no gradient follows but in forward mode.
     """
     w, alpha, zeta = options
     dtype = arithmetic_dtype(z.dtype)
@@ -311,14 +312,15 @@ def example_costs(
         ignored = (v == 0) & ~jnp.isfinite(cost + log_sum)
         cost, m, log_sum = (jnp.where(ignored, 0, each) for each in (cost, m, log_sum))
         if smoothed is not None:
-            z = jnp.where(ignored[..., None], 0, z)
+            uncounted = ignored[..., None] | ((v == 0)[..., None] & (z == -jnp.inf))
+            z = jnp.where(uncounted, m[..., None], z)
     class_weight = None if w is None else _class_weight(labels, w, axes)
     if not is_soft:
         cost = cost if w is None else _weighted(class_weight, cost)
         if smoothed is not None:
             kept, even = smoothed
             even = even if w is None else across(w, z.ndim) * even
-            shared = _shared_cost(z, m, log_sum, even, v, axes)
+            shared = _shared_cost(z, m, log_sum, even, axes)
             cost = _weighted(kept, cost) + shared
     if zeta is not None:
         squared = jnp.square(m + log_sum)
@@ -438,11 +440,11 @@ def _even(exists, z, axes):
     return exists / jnp.maximum(sum_over_classes(exists, axes), 1)
 
 
-def _shared_cost(z, m, log_sum, even, v, axes):
+def _shared_cost(z, m, log_sum, even, axes):
     """Σ_k c_k (−ln a_k) for the even part c of the target. Its gradient has nothing to lose."""
-    nothing = even == 0 if v is None else (even == 0) | (v == 0)[..., None]
-    surprise = log_sum[..., None] + (m[..., None] - rounded(z))
-    return sum_over_classes(even * jnp.where(nothing & (z == -jnp.inf), 0, surprise), axes)[..., 0]
+    nowhere = jnp.full_like(m, -1, jnp.int32)
+    behind = targets_behind(axes, z, nowhere[..., None], m[..., None], even)
+    return behind[..., 0] + log_sum * sum_over_classes(even, axes)[..., 0]
 
 
 def _unless_zero(number):
@@ -623,7 +625,7 @@ def _cost_of_targets(axes, row, targets):
     """Σ_k t_k (−ln a_k), 0 where t_k is 0; and the targets' sums."""
     others, own = of_targets = _target_sums(axes, row, targets)
     # −ln a_k is (m − z_k) + ln Σ e for all but the winner.
-    cost = targets_behind(axes, row.logits, row.sums, targets)
+    cost = targets_behind(axes, row.logits, row.sums.number, row.sums.maximum, targets)
     cost += row.log_sum * others + row.surprise_of_winner * own
     impossible = (others + own > 0) & (row.sums.total == 0)
     return jnp.where(impossible, jnp.inf, cost)[..., 0], of_targets

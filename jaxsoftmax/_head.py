@@ -70,7 +70,7 @@ from ._mesh import (
     varying,
     whole,
 )
-from ._rows import rank, winner
+from ._rows import rank, taken_once, winner
 from ._softmax import custom_vjp_static_first, row_of, without
 
 
@@ -200,10 +200,10 @@ def linear_log_likelihood_cost(
         block_size: The largest number of rows whose logits are held at once. The default, None, depends
             on where the program runs.
 
-            On a CPU, a block is a fifth of the rows, at least 64 and at most 128; of more than 1,024
-            rows it is an eighth. It has at most 2²⁴ logits, or two rows if these have more.
-            `head_statistics`, and labels that are formed in blocks, take half as many rows, but not
-            fewer than make 2¹⁸ logits. Up to 4 rows are one block.
+            On a CPU, a block is a quarter of the rows, at least 64 and at most 128; of more than 1,024
+            rows it is an eighth. It has at most 2²⁴ logits, or two rows if these have more. Labels that
+            are formed in blocks take three quarters as many rows, `head_statistics` half as many, but
+            not fewer than make 2¹⁸ logits. Up to 4 rows are one block.
 
             Elsewhere, a block has about 2²⁶ logits, and 2²⁷ if that is all there are for one product. A
             value alone takes at most 512 rows at once from 16,384 classes on.
@@ -423,11 +423,12 @@ class _Plan(NamedTuple):
     axes: Axes  # of the mesh, over which classes are spread inside `jax.shard_map`
     has_weights: bool = False  # A block tells the examples' weights, as only it has the labels;
     has_statistics: bool = False  # and their statistics.
+    in_place: bool | None = True  # Whether exponentials take the logits' place; None without a gradient.
 
     @property
-    def arrays(self) -> int:
-        """About how many arrays of a block's size the step holds at once."""
-        return 2 if self.is_formed or self.step is _statistics else 1
+    def share(self) -> float:
+        """Of a block's rows for a cost of classes: formed labels take an array of their own."""
+        return 0.75 if self.is_formed else 0.5 if self.step is _statistics else 1.0
 
 
 class _Layer(NamedTuple):
@@ -655,9 +656,7 @@ def _costs(plan, z, shared, rows):
     axes, v, options = plan.axes, rows.free.sample_weight, shared.free.options
     z, bent, exists = _bent(plan, z, shared, rows)
     labels = _targets(plan, bent, shared, rows, exists)
-    cost, row = example_costs(
-        bent, labels, v, options, exists, axes, in_place=True, with_row=plan.has_statistics
-    )
+    cost, row = example_costs(bent, labels, v, options, exists, axes, plan.in_place, plan.has_statistics)
     weight = example_weights(labels, v, options.class_weight, axes) if plan.has_weights else None
     statistics = None
     if row is not None:
@@ -699,9 +698,10 @@ def _bent(plan, z, shared, rows):
         number = first_class(z, plan.axes) + jnp.arange(z.shape[-1])
         exists.append(across(number < plan.num_classes, z.ndim))
     exists = reduce(jnp.logical_and, exists) if exists else None
-    seen = without(exists, z)
+    seen = z if exists is None else taken_once(without(exists, z))
     is_bent = any(each is not None for each in shared.free.bend)
-    return seen, without(exists, _after(shared.free.bend, z)) if is_bent else seen, exists
+    bent = taken_once(without(exists, _after(shared.free.bend, z))) if is_bent else seen
+    return seen, bent, exists
 
 
 def _after(bend, z):
@@ -787,7 +787,7 @@ def _recomputed(plan, x, layer, shared, rows):
     x, layer, shared, rows = _each_its_own(plan, x, layer, shared, rows)
     wide = layer._replace(weights=layer.weights.astype(x.dtype))
     step = partial(plan.step, plan)
-    return for_each_row(step, plan.block_size, plan.arrays, True, x, wide, shared, rows)
+    return for_each_row(step, plan.block_size, plan.share, True, x, wide, shared, rows)
 
 
 def _each_its_own(plan, x, layer, shared, rows):
@@ -857,13 +857,14 @@ _each.defvjp(_each_fwd, _each_bwd)
 @partial(jax.jit, static_argnums=0)  # Outside jit a loop would be compiled again for every call.
 def _forward(plan, x, layer, shared, rows):
     """What the step gives for each row."""
+    plan = plan._replace(in_place=None)
 
     def step(z, shared, rows):
         # By its forward rule, which forward mode can differentiate where it cannot the cost with a rule.
         results, _, others = jax.vjp(lambda z: plan.step(plan, z, shared, rows), z, has_aux=True)
         return results, others
 
-    return for_each_row(step, plan.block_size, plan.arrays, False, x, layer, shared, rows)
+    return for_each_row(step, plan.block_size, plan.share, False, x, layer, shared, rows)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -874,4 +875,4 @@ def _with_gradients(plan, x, layer, shared, rows, cotangents):
     pairs = zip((x, layer.weights), (arguments[0], arguments[1].weights), strict=True)
     is_whole = IsWhole(*(varying(before) == varying(after) for before, after in pairs))
     step = partial(plan.step, plan)
-    return with_gradients(step, plan.block_size, plan.arrays, is_whole, *arguments, cotangents)
+    return with_gradients(step, plan.block_size, plan.share, is_whole, *arguments, cotangents)

@@ -85,6 +85,22 @@ def rounded(logits: Array) -> Array:
     return jnp.where(logits == logits, logits, -logits)  # but for NaN
 
 
+@jax.custom_jvp
+def taken_once(logits: Array) -> Array:
+    """The same logits, made of others by what is cheap.
+
+    XLA on the CPU would do it anew in each pass over them, and hold beside them what they are made of.
+    Only what is dear, as a quotient, is done once for all its uses.
+    """
+    # A constant 1 would be stored in the logits' size, outside of a loop that is differentiated.
+    return by_processor(lambda z: z / (1 + (z != z).astype(z.dtype)), lambda z: z, logits)
+
+
+@taken_once.defjvp
+def _taken_once_jvp(primals, tangents):
+    return taken_once(*primals), *tangents
+
+
 def bounded(difference: Array) -> Array:
     """The difference, as far as there are numbers, since 0 · ∞ is NaN."""
     return jnp.minimum(difference, jnp.finfo(difference.dtype).max / 2)
@@ -119,14 +135,14 @@ def sums_without_winner(axes: Axes, logits: Float[Array, "*batch classes"]) -> R
 @partial(jax.jit, static_argnums=(0, 1))
 def sums_and_kept(
     axes: Axes,
-    in_place: bool,
+    in_place: bool | None,
     logits: Float[Array, "*batch classes"],
     index: Integer[Array, "*batch 1"],
 ) -> tuple[RowSums, Float[Array, "*batch classes"]]:
     """The same, and what `scaled_exponentials` is made of: one array in the logits' shape and dtype.
 
-    It may take the logits' place, if so told, and if nothing else uses them. It stands for the logits:
-    its tangent is theirs.
+    It may take the logits' place, if so told, and if nothing else uses them. None tells that nobody will
+    use it. It stands for the logits: its tangent is theirs.
     """
     sums = _of_rows(partial(_kept_on_cpu, in_place), _kept_elsewhere, axes, logits, index)
     *sums, kept = _differentiable(axes, logits, index, *sums)
@@ -214,29 +230,26 @@ def _behind_jvp(axes, primals, tangents):
     return _behind(axes, *primals), d_behind
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def targets_behind(
     axes: Axes,
     logits: Float[Array, "*batch classes"],
-    sums: RowSums,
-    targets: Float[Array, "*batch classes"],
+    index: Integer[Array, "*batch 1"],
+    maximum: Float[Array, "*batch 1"],
+    targets: Float[Array, "*#batch classes"],
 ) -> Float[Array, "*batch 1"]:
-    """Σ_{k≠w} t_k (m − z_k) of each row, w the winner; 0 for a target of 0 and a logit of −inf."""
-    return _targets_behind(axes, logits, sums.number, sums.maximum, targets)
+    """Σ_{k≠i} t_k (m − z_k) of each row; 0 for a target of 0 and a logit of −inf."""
+    ways = _targets_behind_on_cpu, _targets_behind_elsewhere
+    return total(by_processor(*ways, logits, index, maximum, targets), axes)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _targets_behind(axes, z, winner, m, t):
-    return total(by_processor(_targets_behind_on_cpu, _targets_behind_elsewhere, z, winner, m, t), axes)
-
-
-@_targets_behind.defjvp
+@targets_behind.defjvp
 def _targets_behind_jvp(axes, primals, tangents):
     # The maximum is held fixed.
     (z, winner, m, t), (d_z, _, _, d_t) = primals, tangents
     slope = d_t * _distance_unless_0(z, m, t) - t * d_z
     d_behind = sum_over_classes(jnp.where(is_class(z, winner), 0, slope), axes)
-    return _targets_behind(axes, *primals), d_behind
+    return targets_behind(axes, *primals), d_behind
 
 
 @partial(jax.jit, static_argnums=0)
@@ -463,7 +476,7 @@ def _winner_sums_on_cpu(axes, z):
 
 
 def _kept_on_cpu(in_place, axes, z, index):
-    if z.dtype != arithmetic_dtype(z.dtype):
+    if in_place is None or z.dtype != arithmetic_dtype(z.dtype):
         # Narrow logits are narrower than their exponentials.
         return *_sums_on_cpu(axes, z, index), z
     own, m = _references(axes, z, index, in_place)
@@ -510,7 +523,7 @@ def _reduce_row(reduce, terms, z, *columns):
     `first` is the number of a part's first class. Two reductions one after the other round less, and take
     a fifth of the time of one at 131,072 classes.
     """
-    *batch, classes = z.shape
+    classes = z.shape[-1]
     length = 0 if is_sharded(z) or known_size(classes) <= 4096 else _part_length(classes)
     if not length:
         row, *columns = (z, *columns) if z.dtype.itemsize >= 4 else _barrier((z, *columns))
@@ -518,7 +531,7 @@ def _reduce_row(reduce, terms, z, *columns):
     # Without the barriers the compiler would form the terms first, and make one reduction of two.
     part, *columns = _barrier(
         [
-            each.reshape(*batch, -1, length) if each.shape[-1] == classes else each[..., None]
+            each.reshape(*each.shape[:-1], -1, length) if each.shape[-1] == classes else each[..., None]
             for each in (z, *columns)
         ]
     )
@@ -541,7 +554,8 @@ def _part_length(classes):
 def _set_zero(in_place, e, index):
     """The exponentials in their own buffer, but 0 for the class of each row at `index`."""
     if in_place or is_sharded(e) or known_size(e.shape[-1]) < 10 * FEW:
-        return jnp.where(is_class(e, index), 0, e)
+        zeroed = jnp.where(is_class(e, index), 0, e)
+        return taken_once(zeroed) if in_place else zeroed
 
     # XLA gives what is scattered into a buffer of its own. With many classes, the cost takes 0.9 so.
     def of_row(e, index):

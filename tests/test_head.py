@@ -212,6 +212,33 @@ def test_never_holds_the_logits(reduction, labels):
         assert compiled.memory_analysis().temp_size_in_bytes < limit < rows * classes * 4 / 3
 
 
+@pytest.mark.parametrize(
+    ("options", "has_gradient", "most"),
+    [
+        ({}, True, 1.3),
+        slow({}, False, 1.1),
+        slow({"logit_scale": 2.0}, True, 1.3),
+        slow({"label_smoothing": 0.1}, False, 1.1),
+        ({"label_smoothing": 0.1, "logit_scale": 2.0}, True, 2.5),
+        slow({"z_loss": 1e-4, "num_classes": 8000}, True, 1.3),
+    ],
+    ids=str,
+)
+def test_a_block_takes_about_one_array(options, has_gradient, most):
+    rows, features, classes, block = 1024, 16, 8192, 128
+    shapes = (rows, features), (features, classes), (classes,)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+    def cost(x, w, b, labels):
+        return js.linear_log_likelihood_cost(x, w, b, labels, block_size=block, **options)
+
+    function = jax.value_and_grad(cost, (0, 1, 2)) if has_gradient else cost
+    analysis = jax.jit(function).lower(*arguments, labels).compile().memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < most * block * classes * 4
+
+
 def products(function, *arguments):
     """Floating-point operations of the compiled function, in products of features and weights."""
     analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
