@@ -320,7 +320,8 @@ def example_costs(
         if smoothed is not None:
             kept, even = smoothed
             even = even if w is None else across(w, z.ndim) * even
-            shared = _shared_cost(z, m, log_sum, even, axes)
+            weight = alpha if w is None else sum_over_classes(even, axes)[..., 0]
+            shared = _shared_cost(z, m, log_sum, even, weight, axes)
             cost = _weighted(kept, cost) + shared
     if zeta is not None:
         squared = jnp.square(m + log_sum)
@@ -440,11 +441,11 @@ def _even(exists, z, axes):
     return exists / jnp.maximum(sum_over_classes(exists, axes), 1)
 
 
-def _shared_cost(z, m, log_sum, even, axes):
+def _shared_cost(z, m, log_sum, even, weight, axes):
     """Σ_k c_k (−ln a_k) for the even part c of the target. Its gradient has nothing to lose."""
     nowhere = jnp.full_like(m, -1, jnp.int32)
-    behind = targets_behind(axes, z, nowhere[..., None], m[..., None], even)
-    return behind[..., 0] + log_sum * sum_over_classes(even, axes)[..., 0]
+    behind = targets_behind(axes, z, nowhere[..., None], m[..., None], even)[..., 0]
+    return behind + jnp.where(log_sum == -jnp.inf, 0, weight * log_sum)
 
 
 def _unless_zero(number):
