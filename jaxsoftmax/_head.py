@@ -427,7 +427,10 @@ class _Plan(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of a block's rows for a cost of classes: formed labels take an array of their own."""
+        """Of a block's rows for a cost of classes.
+
+        Formed labels take an array of their own. Statistics alone run no faster in larger blocks.
+        """
         return 0.75 if self.is_formed else 0.5 if self.step is _statistics else 1.0
 
 

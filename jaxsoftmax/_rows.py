@@ -246,9 +246,9 @@ def targets_behind(
 @targets_behind.defjvp
 def _targets_behind_jvp(axes, primals, tangents):
     # The maximum is held fixed.
-    (z, winner, m, t), (d_z, _, _, d_t) = primals, tangents
+    (z, index, m, t), (d_z, _, _, d_t) = primals, tangents
     slope = d_t * _distance_unless_0(z, m, t) - t * d_z
-    d_behind = sum_over_classes(jnp.where(is_class(z, winner), 0, slope), axes)
+    d_behind = sum_over_classes(jnp.where(is_class(z, index), 0, slope), axes)
     return targets_behind(axes, *primals), d_behind
 
 
@@ -415,8 +415,8 @@ def _behind_elsewhere(axes, z, index, m, low):
     return sum_over_classes(jnp.where(is_class(z, index), 0, jnp.exp(z - low) * bounded(m - z)), axes)
 
 
-def _targets_behind_elsewhere(z, winner, m, t):
-    behind = jnp.where(is_class(z, winner), 0, t * _distance_unless_0(z, m, t))
+def _targets_behind_elsewhere(z, index, m, t):
+    behind = jnp.where(is_class(z, index), 0, t * _distance_unless_0(z, m, t))
     return jnp.sum(behind, axis=-1, keepdims=True)
 
 
@@ -477,7 +477,7 @@ def _winner_sums_on_cpu(axes, z):
 
 def _kept_on_cpu(in_place, axes, z, index):
     if in_place is None or z.dtype != arithmetic_dtype(z.dtype):
-        # Narrow logits are narrower than their exponentials.
+        # Nobody uses the exponentials, or narrow logits are narrower than they are.
         return *_sums_on_cpu(axes, z, index), z
     own, m = _references(axes, z, index, in_place)
     e = _set_zero(in_place, _exponentials(z, m), index)
@@ -507,9 +507,9 @@ def _behind_on_cpu(axes, z, index, m, low):
     return total(_reduce_row(jnp.sum, others, z, index, m, low), axes)
 
 
-def _targets_behind_on_cpu(z, winner, m, t):
+def _targets_behind_on_cpu(z, index, m, t):
     if known_size(z.shape[-1]) <= FEW:
-        return _targets_behind_elsewhere(z, winner, m, t)
+        return _targets_behind_elsewhere(z, index, m, t)
 
     def others(z, first, t, index, m):
         m, is_other = _is_other(z, index - first, m)
@@ -517,7 +517,7 @@ def _targets_behind_on_cpu(z, winner, m, t):
         # 0 · ∞ is NaN. So the smaller of the distance and ∞, or 0 where t is 0.
         return is_other * (t * jnp.minimum(m - _settled(z, m), jnp.abs(t) * much * much))
 
-    return _reduce_row(jnp.sum, others, z, t, winner, m)
+    return _reduce_row(jnp.sum, others, z, t, index, m)
 
 
 def _reduce_row(reduce, terms, z, *columns):
