@@ -70,8 +70,8 @@ from ._mesh import (
     varying,
     whole,
 )
-from ._rows import rank, taken_once, winner
-from ._softmax import custom_vjp_static_first, row_of, without
+from ._rows import rank, shares, taken_once, winner
+from ._softmax import custom_vjp_static_first, without
 
 
 class SparseLabels(NamedTuple):
@@ -744,7 +744,7 @@ def _targets(plan, z, shared, rows, exists) -> Any:
     (probabilities, _), (numbers, features, _) = rows
     if shared.fixed.teacher is not None:
         taught = _after(shared.fixed.bend, logits_of(features, shared.fixed.teacher))
-        return row_of(plan.axes, without(exists, taught)).probabilities.astype(z.dtype)
+        return shares(plan.axes, without(exists, taught)).astype(z.dtype)
     if probabilities is None or numbers is None:
         return numbers if probabilities is None else probabilities
     probabilities = probabilities.astype(z.dtype)

@@ -132,6 +132,15 @@ def sums_without_winner(axes: Axes, logits: Float[Array, "*batch classes"]) -> R
     return RowSums(number, *_differentiable(axes, logits, number, *sums))
 
 
+@partial(jax.jit, static_argnums=0)
+def shares(axes: Axes, logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
+    """Each class's exponential over the sum of all: what no class's difference from 1 is wanted of.
+
+    NaN as above. No derivative is exact.
+    """
+    return by_processor(partial(_shares_on_cpu, axes), partial(_shares_elsewhere, axes), logits)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def sums_and_kept(
     axes: Axes,
@@ -400,6 +409,11 @@ def _kept_elsewhere(axes, cut, reduced, z, index):
     return *_sums_elsewhere(axes, cut, reduced, z, index), z
 
 
+def _shares_elsewhere(axes, z):
+    sums = sums_without_winner(axes, z)
+    return _scaled_elsewhere(z, sums.maximum, 1 / sums.total)
+
+
 def _scaled_elsewhere(kept, maximum, factor):
     return factor * jnp.exp(rounded(kept.astype(maximum.dtype)) - maximum)
 
@@ -484,6 +498,12 @@ def _kept_on_cpu(in_place, axes, z, index):
     return m, own - m, total(_reduce_row(jnp.sum, lambda e, _: e, e), axes) / UNIT, e
 
 
+def _shares_on_cpu(axes, z):
+    m = _maximum(axes, z)
+    e = jnp.exp(_settled(z, m) - m)
+    return taken_once(e / total(_reduce_row(jnp.sum, lambda e, _: e, e), axes))
+
+
 def _ahead_on_cpu(values, own, index):
     def ahead(values, first, own, index):
         # Any difference is more than all numbers of classes then.
@@ -498,26 +518,26 @@ def _ahead_on_cpu(values, own, index):
 
 
 def _behind_on_cpu(axes, z, index, m, low):
-    def others(z, first, index, m, low):
-        low, is_other = _is_other(z, index - first, low)
+    del index  # The winner's own distance is 0.
+
+    def others(z, _, m, low):
         low, most = _for_itself(low, jnp.finfo(m.dtype).max / 2)
         z = _settled(z, m)
-        return is_other * (jnp.exp(z - low) * jnp.minimum(m - z, most))
+        return jnp.exp(z - low) * jnp.minimum(m - z, most)
 
-    return total(_reduce_row(jnp.sum, others, z, index, m, low), axes)
+    return total(_reduce_row(jnp.sum, others, z, m, low), axes)
 
 
 def _targets_behind_on_cpu(z, index, m, t):
     if known_size(z.shape[-1]) <= FEW:
         return _targets_behind_elsewhere(z, index, m, t)
 
-    def others(z, first, t, index, m):
-        m, is_other = _is_other(z, index - first, m)
+    def others(z, _, t, m):
         m, much = _for_itself(m, jnp.finfo(m.dtype).max)
         # 0 · ∞ is NaN. So the smaller of the distance and ∞, or 0 where t is 0.
-        return is_other * (t * jnp.minimum(m - _settled(z, m), jnp.abs(t) * much * much))
+        return t * jnp.minimum(m - _settled(z, m), jnp.abs(t) * much * much)
 
-    return _reduce_row(jnp.sum, others, z, t, index, m)
+    return _reduce_row(jnp.sum, others, z, t, m)
 
 
 def _reduce_row(reduce, terms, z, *columns):
@@ -583,13 +603,17 @@ def _scaled_on_cpu(kept, maximum, factor):
 def _references(axes, z, index, in_place=False):
     """The logit at `index`, and the maximum."""
     own = rounded(pick(_apart(z), index, axes).astype(arithmetic_dtype(z.dtype)))
-    # The maximum may pass over NaN in long rows, or give −inf. The sums do not.
-    fixed = jax.lax.stop_gradient(z)
-    m = largest(_reduce_row(jnp.max, lambda z, _: z, fixed).astype(own.dtype), axes)
+    m = _maximum(axes, z)
     if in_place:
         # Of the logit as well: so it is read before the exponentials take the logits' place.
         m = jnp.maximum(m, jax.lax.stop_gradient(own))
     return own, jnp.where(m == -jnp.inf, 0, m)
+
+
+def _maximum(axes, z):
+    """The maximum, held fixed. It may pass over NaN in long rows, or give −inf. The sums do not."""
+    m = _reduce_row(jnp.max, lambda z, _: z, jax.lax.stop_gradient(z))
+    return largest(m.astype(arithmetic_dtype(z.dtype)), axes)
 
 
 def _exponentials(z, m):
