@@ -277,6 +277,42 @@ def sum_of_all_but(
     return total(by_processor(on_cpu, elsewhere, values, index), axes)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def weighted_differences(
+    axes: Axes,
+    weights: Float[Array, "*batch classes"],
+    values: Float[Array, "*batch classes"],
+    index: Integer[Array, "*batch 1"],
+) -> Float[Array, "*batch 1"]:
+    """Σ_k w_k (v_k − v_i) of each row, with i = `index`."""
+
+    def on_cpu(w, v, own):
+        def differences(w, _, v, own):
+            return w * (_settled(v, own) - own)
+
+        return _reduce_row(jnp.sum, differences, w, v, own)
+
+    def elsewhere(w, v, own):
+        return jnp.sum(w * (rounded(v) - own), axis=-1, keepdims=True)
+
+    own = rounded(pick(values, index, axes))
+    return total(by_processor(on_cpu, elsewhere, weights, values, own), axes)
+
+
+@weighted_differences.defjvp
+def _weighted_differences_jvp(axes, primals, tangents):
+    (w, v, index), (d_w, d_v, _) = primals, tangents
+    slope = d_w * differences(axes, v, index) + w * differences(axes, d_v, index)
+    return weighted_differences(axes, *primals), sum_over_classes(slope, axes)
+
+
+def differences(
+    axes: Axes, values: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]
+) -> Float[Array, "*batch classes"]:
+    """v_k − v_i of each class k: 0 for i = `index`, in derivatives too."""
+    return jnp.where(is_class(values, index), 0, values - pick(values, index, axes))
+
+
 def pick(
     values: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"], axes: Axes = ()
 ) -> Float[Array, "*batch 1"]:

@@ -22,12 +22,15 @@ from ._mesh import Axes, MeshAxis, first_class, spread_over
 from ._rows import (
     RowSums,
     bounded,
+    differences,
     is_class,
     pick,
     rounded,
+    shares,
     sum_of_all_but,
     sum_over_classes,
     sums_without_winner,
+    weighted_differences,
     winner,
 )
 
@@ -253,8 +256,7 @@ def pull_back_softmax(
     """A cotangent of the probabilities, as one of the logits: a_j (c_j − Σ_k a_k c_k)."""
     # Only differences of c matter. Measured from a winner's own c, the winner's term in Σ a c is
     # exactly 0, and the sum keeps its digits when the winner's a is all but 1.
-    relative = cotangent - pick(cotangent, winner, axes)
-    relative = jnp.where(is_class(cotangent, winner), 0, relative)
+    relative = differences(axes, cotangent, winner)
     return a * (relative - sum_over_classes(a * relative, axes))
 
 
@@ -290,18 +292,32 @@ def _softmax(axes, logits):
 
 
 def _softmax_fwd(axes, logits):
-    row = row_of(axes, logits)
-    a = row.probabilities
-    return a.astype(logits.dtype), (a, row.sums.number)
+    a = _shares(axes, logits)
+    return a.astype(logits.dtype), a
 
 
-def _softmax_bwd(axes, residuals, cotangent):
-    a, winner = residuals
-    d_logits = pull_back_softmax(a, winner, cotangent.astype(a.dtype), axes)
+def _softmax_bwd(axes, a, cotangent):
+    leader = winner(axes, a) - first_class(a, axes)
+    c = cotangent.astype(a.dtype)
+    # As `pull_back_softmax`, which is linear, and so can be transposed.
+    d_logits = a * (differences(axes, c, leader) - weighted_differences(axes, a, c, leader))
     return (d_logits.astype(cotangent.dtype),)
 
 
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _shares(axes, logits):
+    return shares(axes, logits)
+
+
+@_shares.defjvp
+def _shares_jvp(axes, primals, tangents):
+    # The softmax's Jacobian is symmetric.
+    a = _shares(axes, *primals)
+    leader = winner(axes, a) - first_class(a, axes)
+    return a, pull_back_softmax(a, leader, tangents[0].astype(a.dtype), axes)
 
 
 @custom_vjp_static_first
