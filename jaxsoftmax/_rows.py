@@ -497,8 +497,8 @@ FEW = 10  # classes
 MOST_FLOATS = 2**24  # classes that float32 can number. More are numbered by integers, more slowly.
 
 
-def _sums_on_cpu(axes, z, index, of_winner=False):
-    own, m = _references(axes, z, index)
+def _sums_on_cpu(axes, z, index, of_winner=None):
+    own, m = of_winner or _references(axes, z, index)
     if known_size(z.shape[-1]) <= FEW:
         # A pass over the exponentials costs less than what leaves one out on the way.
         e = jnp.where(is_class(z, index), 0, _exponentials(z, m))
@@ -521,8 +521,9 @@ def _sums_on_cpu(axes, z, index, of_winner=False):
 
 
 def _winner_sums_on_cpu(axes, z):
-    number = _winner_on_cpu(axes, jax.lax.stop_gradient(z)) - first_class(z, axes)
-    return number, *_sums_on_cpu(axes, z, number, of_winner=True)
+    number, own = _first_largest(axes, jax.lax.stop_gradient(z))
+    number -= first_class(z, axes)
+    return number, *_sums_on_cpu(axes, z, number, (own, jnp.where(own == -jnp.inf, 0, own)))
 
 
 def _kept_on_cpu(in_place, axes, z, index):
@@ -704,9 +705,14 @@ def _settled(z, m):
 
 
 def _winner_on_cpu(axes, values):
+    return _first_largest(axes, values)[0]
+
+
+def _first_largest(axes, values):
+    """The number of the first class with the largest value, and the value."""
     dtype, count = arithmetic_dtype(values.dtype), class_count(values, axes)
     if known_size(count) > MOST_FLOATS:
-        return _winner_elsewhere(axes, values)
+        return _winner_elsewhere(axes, values), _maximum(axes, values)
     numbers = jnp.arange(values.shape[-1], dtype=dtype)
     if axes:
         numbers += jnp.asarray(first_class(values, axes), dtype)
@@ -716,4 +722,4 @@ def _winner_on_cpu(axes, values):
     # 0 for the largest and 1 elsewhere: the smallest difference there is, made 1.
     is_behind = jnp.minimum(m - _settled(values, m), tiny) * scale
     first = smallest(jnp.min(across(numbers, m.ndim) + is_behind, axis=-1, keepdims=True), axes)
-    return jnp.minimum(first, count - 1).astype(jnp.int32)
+    return jnp.minimum(first, count - 1).astype(jnp.int32), m
