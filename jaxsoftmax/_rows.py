@@ -132,13 +132,16 @@ def sums_without_winner(axes: Axes, logits: Float[Array, "*batch classes"]) -> R
     return RowSums(number, *_differentiable(axes, logits, number, *sums))
 
 
-@partial(jax.jit, static_argnums=0)
-def shares(axes: Axes, logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
-    """Each class's exponential over the sum of all: what no class's difference from 1 is wanted of.
+@partial(jax.jit, static_argnums=(0, 1))
+def shares(
+    axes: Axes, in_place: bool, logits: Float[Array, "*batch classes"]
+) -> Float[Array, "*batch classes"]:
+    """Each class's exponential over the sum of all, whose difference from 1 nobody wants; NaN as above.
 
-    NaN as above. No derivative is exact.
+    It may take the logits' place, if so told, for several uses. Its derivative is not exact.
     """
-    return by_processor(partial(_shares_on_cpu, axes), partial(_shares_elsewhere, axes), logits)
+    on_cpu = partial(_shares_on_cpu, axes, in_place)
+    return by_processor(on_cpu, partial(_shares_elsewhere, axes), logits)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -535,10 +538,17 @@ def _kept_on_cpu(in_place, axes, z, index):
     return m, own - m, total(_reduce_row(jnp.sum, lambda e, _: e, e), axes) / UNIT, e
 
 
-def _shares_on_cpu(axes, z):
+def _shares_on_cpu(axes, in_place, z):
     m = _maximum(axes, z)
-    e = jnp.exp(_settled(z, m) - m)
-    return taken_once(e / total(_reduce_row(jnp.sum, lambda e, _: e, e), axes))
+    if in_place:
+        e = jnp.exp(_settled(z, m) - m)
+        return taken_once(e / total(_reduce_row(jnp.sum, lambda e, _: e, e), axes))
+
+    def exponentials(z, _, m):
+        (m,) = _for_itself(m)
+        return jnp.exp(_settled(z, m) - m)
+
+    return _scaled_elsewhere(z, m, 1 / total(_reduce_row(jnp.sum, exponentials, z, m), axes))
 
 
 def _ahead_on_cpu(values, own, index):

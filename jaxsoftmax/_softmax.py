@@ -288,11 +288,11 @@ custom_vjp_static_first: Callable[[Callable[..., Any]], Any] = partial(
 
 @custom_vjp_static_first
 def _softmax(axes, logits):
-    return _softmax_fwd(axes, logits)[0]
+    return _shares(axes, False, logits).astype(logits.dtype)
 
 
 def _softmax_fwd(axes, logits):
-    a = _shares(axes, logits)
+    a = _shares(axes, True, logits)
     return a.astype(logits.dtype), a
 
 
@@ -307,15 +307,15 @@ def _softmax_bwd(axes, a, cotangent):
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _shares(axes, logits):
-    return shares(axes, logits)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _shares(axes, in_place, logits):
+    return shares(axes, in_place, logits)
 
 
 @_shares.defjvp
-def _shares_jvp(axes, primals, tangents):
+def _shares_jvp(axes, in_place, primals, tangents):
     # The softmax's Jacobian is symmetric.
-    a = _shares(axes, *primals)
+    a = _shares(axes, in_place, *primals)
     leader = winner(axes, a) - first_class(a, axes)
     return a, pull_back_softmax(a, leader, tangents[0].astype(a.dtype), axes)
 
