@@ -44,6 +44,7 @@ from ._rows import (
     RowSums,
     behind_in_all,
     is_class,
+    kept_of,
     pick,
     rounded,
     scaled_exponentials,
@@ -303,7 +304,8 @@ def example_costs(
             targets = smoothed[0] * labels + smoothed[1]
         if is_soft and w is not None:
             targets = across(w, labels.ndim) * targets
-        cost, m, log_sum, sums = _row_cost(axes, z, targets)
+        # A row that is told is read once more.
+        cost, m, log_sum, sums = _row_cost((axes, in_place and not with_row), z, targets)
         row = Row(z, sums) if with_row else None
     else:
         cost, m, log_sum = _label_cost((axes, in_place), z, labels)
@@ -476,10 +478,13 @@ def _target_sums(axes, row, targets):
 
 
 def log_likelihood_gradient(
-    row: Row, labels: Array, axes: Axes = (), of_targets: TargetSums | None = None
+    row: Row,
+    a: Float[Array, "*batch classes"],
+    labels: Array,
+    axes: Axes = (),
+    of_targets: TargetSums | None = None,
 ) -> Float[Array, "*batch classes"]:
     """∂C/∂z_j = a_j T − y_j for each row, with T = Σ_k y_k and without its cancellation."""
-    a = row.probabilities
     if not _is_probability(labels):
         return jnp.where(is_class(a, _number(labels, a, axes)), -row.complements, a)
     # Only the winner's a may be more than ½, so only its a T is no better known than what is left of it.
@@ -576,22 +581,31 @@ def _is_positive(total):
 # The same, and the sums, from those without the winner: for targets t, one for each class, or where
 # an integer label's cost is not all that is wanted.
 @custom_vjp_static_first
-def _row_cost(axes, logits, labels):
-    return _row_cost_fwd(axes, logits, labels)[0]
+def _row_cost(plan, logits, labels):
+    axes, _ = plan
+    return _row_cost_fwd((axes, None), logits, labels)[0]
 
 
 class _RowResiduals(NamedTuple):
     row: Row
+    kept: Array | None  # What the exponentials are made of, where they may take the logits' place.
     cost: Array
     labels: Array
     of_targets: TargetSums | None
 
 
-def _row_cost_fwd(axes, logits, labels):
-    row = row_of(axes, logits)
-    cost, of_targets = _cost_of(axes, row, labels)
+def _row_cost_fwd(plan, logits, labels):
+    axes, in_place = plan
+    row, kept = row_of(axes, logits), None
+    if in_place:
+        behind = _behind_of_targets(axes, row, labels)
+        sums, kept = kept_of(axes, logits, row.sums, behind)
+        row = Row(logits, sums)
+        cost, of_targets = _cost_of_targets(axes, row, labels, behind)
+    else:
+        cost, of_targets = _cost_of(axes, row, labels)
     values = cost, row.sums.maximum[..., 0], row.log_sum[..., 0], row.sums
-    return values, _RowResiduals(row, cost, labels, of_targets)
+    return values, _RowResiduals(row, kept, cost, labels, of_targets)
 
 
 # C = −Σ_k t_k ln a_k with ∂ ln a_k/∂z_j = δ_jk − a_j, so
@@ -599,14 +613,20 @@ def _row_cost_fwd(axes, logits, labels):
 #     ∂C/∂z_w = a_w (T − t_w) − t_w (1 − a_w)  for the winner, where a_w T may be nearly t_w
 #     ∂C/∂t_k = −ln a_k
 # and as above ∂ ln Σ_k e_k/∂z_j = a_j
-def _row_cost_bwd(axes, residuals, cotangents):
-    row, cost, labels, of_targets = residuals
+def _row_cost_bwd(plan, residuals, cotangents):
+    axes, _ = plan
+    row, kept, cost, labels, of_targets = residuals
     d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in whole(cotangents[:3], axes))
     sound = jnp.isfinite(cost)[..., None] & _is_positive(row.sums.total)
     ignored = (d_cost == 0) & (d_log_sum == 0) & ~sound
     d_cost = _unless_nowhere(labels, d_cost)
-    gradient = d_cost * log_likelihood_gradient(row, labels, axes, of_targets)
-    gradient = jnp.where(ignored, 0, gradient + d_log_sum * row.probabilities)
+    if kept is None:
+        a = row.probabilities
+    else:
+        a = _scaled_shares(axes, kept, row.sums, jnp.ones_like(row.sums.total))
+        a = jnp.where(is_class(a, row.sums.number), share(row.sums.own, row.sums.others), a)
+    gradient = d_cost * log_likelihood_gradient(row, a, labels, axes, of_targets)
+    gradient = jnp.where(ignored, 0, gradient + d_log_sum * a)
     if not _is_probability(labels):
         return gradient, None
     return gradient, jnp.where(ignored, 0, d_cost * _surprise(row, labels))
@@ -618,16 +638,19 @@ _row_cost.defvjp(_row_cost_fwd, _row_cost_bwd)
 def _cost_of(axes, row, labels):
     """−Σ_k t_k ln a_k, or −ln a_y; and the targets' sums, None for an integer label."""
     if _is_probability(labels):
-        return _cost_of_targets(axes, row, labels)
+        return _cost_of_targets(axes, row, labels, _behind_of_targets(axes, row, labels))
     return _cost_of_class(axes, row, labels), None
 
 
-def _cost_of_targets(axes, row, targets):
+def _behind_of_targets(axes, row, targets):
+    return targets_behind(axes, row.logits, row.sums.number, row.sums.maximum, targets)
+
+
+def _cost_of_targets(axes, row, targets, behind):
     """Σ_k t_k (−ln a_k), 0 where t_k is 0; and the targets' sums."""
     others, own = of_targets = _target_sums(axes, row, targets)
     # −ln a_k is (m − z_k) + ln Σ e for all but the winner.
-    cost = targets_behind(axes, row.logits, row.sums.number, row.sums.maximum, targets)
-    cost += row.log_sum * others + row.surprise_of_winner * own
+    cost = behind + row.log_sum * others + row.surprise_of_winner * own
     impossible = (others + own > 0) & (row.sums.total == 0)
     return jnp.where(impossible, jnp.inf, cost)[..., 0], of_targets
 
@@ -715,7 +738,7 @@ def _row_statistics_bwd(axes, residuals, cotangents):
     (d_label,) = d_label
     uncounted = (d_label == 0) & ~(jnp.isfinite(cost)[..., None] & _is_positive(row.sums.total))
     d_label = _unless_nowhere(labels, d_label)
-    of_label = log_likelihood_gradient(row, labels, axes, of_targets)
+    of_label = log_likelihood_gradient(row, a, labels, axes, of_targets)
     gradient -= jnp.where(uncounted, 0, d_label * of_label)
     if not _is_probability(labels):
         return gradient, None
@@ -759,7 +782,7 @@ def _difference(row, labels, axes):
     """The difference a − t as a (1 − t) − t (1 − a), exact where a rounds to 1."""
     if _is_probability(labels):
         return row.probabilities * (1 - labels) - labels * row.complements
-    return log_likelihood_gradient(row, labels, axes)
+    return log_likelihood_gradient(row, row.probabilities, labels, axes)
 
 
 _quadratic.defvjp(_quadratic_fwd, _quadratic_bwd)

@@ -292,7 +292,8 @@ def backpropagate(
     labels = as_labels(labels, z.shape, (z.ndim - 1,), None)
     labels = labels if labels.dtype == jnp.int32 else labels.astype(cost.dtype)
     # softmax(z) − y, in the form that loses no digits.
-    d_z = log_likelihood_gradient(label_row(z.astype(cost.dtype), labels), labels)
+    row = label_row(z.astype(cost.dtype), labels)
+    d_z = log_likelihood_gradient(row, row.probabilities, labels)
     d_z = (d_z / max(1, z[..., 0].size)).astype(z.dtype)
     d_hidden = d_z @ network.output.weights.T
     d_hidden_inputs = jnp.where(hidden_inputs > 0, d_hidden, 0)

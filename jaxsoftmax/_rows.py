@@ -161,6 +161,18 @@ def sums_and_kept(
     return RowSums(index, *sums), kept
 
 
+@partial(jax.jit, static_argnums=0)
+def kept_of(
+    axes: Axes, logits: Float[Array, "*batch classes"], sums: RowSums, read: Float[Array, "*batch 1"]
+) -> tuple[RowSums, Float[Array, "*batch classes"]]:
+    """The same in place of a row whose winner is known; `read` is what was made of it before."""
+    index, maximum, ahead, others = sums
+    ways = partial(_kept_again_on_cpu, axes), lambda z, _, __, others, ___: (others, z)
+    others, kept = by_processor(*ways, logits, index, maximum, others, read)
+    maximum, ahead, others, kept = _differentiable(axes, logits, index, maximum, ahead, others, kept)
+    return RowSums(index, maximum, ahead, others), kept
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _differentiable(axes, z, index, maximum, ahead, others, *kept):
     """What was made of z, with one derivative for all processors."""
@@ -534,8 +546,20 @@ def _kept_on_cpu(in_place, axes, z, index):
         # Nobody uses the exponentials, or narrow logits are narrower than they are.
         return *_sums_on_cpu(axes, z, index), z
     own, m = _references(axes, z, index, in_place)
+    return m, own - m, *_stored(in_place, axes, z, index, m)
+
+
+def _kept_again_on_cpu(axes, z, index, m, others, read):
+    if z.dtype != arithmetic_dtype(z.dtype):
+        return others, z
+    # Of what was read as well: so it is read before the exponentials take the logits' place.
+    return _stored(True, axes, z, index, jnp.where(read == read, m, read))
+
+
+def _stored(in_place, axes, z, index, m):
+    """The sum of the exponentials but the one at `index`, and the exponentials."""
     e = _set_zero(in_place, _exponentials(z, m), index)
-    return m, own - m, total(_reduce_row(jnp.sum, lambda e, _: e, e), axes) / UNIT, e
+    return total(_reduce_row(jnp.sum, lambda e, _: e, e), axes) / UNIT, e
 
 
 def _shares_on_cpu(axes, in_place, z):
