@@ -744,7 +744,8 @@ def _targets(plan, z, shared, rows, exists) -> Any:
     (probabilities, _), (numbers, features, _) = rows
     if shared.fixed.teacher is not None:
         taught = _after(shared.fixed.bend, logits_of(features, shared.fixed.teacher))
-        return shares(plan.axes, True, without(exists, taught)).astype(z.dtype)
+        probabilities, _ = shares(plan.axes, True, without(exists, taught))
+        return probabilities.astype(z.dtype)
     if probabilities is None or numbers is None:
         return numbers if probabilities is None else probabilities
     probabilities = probabilities.astype(z.dtype)

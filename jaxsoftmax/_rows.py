@@ -135,10 +135,11 @@ def sums_without_winner(axes: Axes, logits: Float[Array, "*batch classes"]) -> R
 @partial(jax.jit, static_argnums=(0, 1))
 def shares(
     axes: Axes, in_place: bool, logits: Float[Array, "*batch classes"]
-) -> Float[Array, "*batch classes"]:
-    """Each class's exponential over the sum of all, whose difference from 1 nobody wants; NaN as above.
+) -> tuple[Float[Array, "*batch classes"], Integer[Array, "*batch 1"]]:
+    """Each class's exponential over the sum of all, and a class with the largest; NaN as above.
 
-    It may take the logits' place, if so told, for several uses. Its derivative is not exact.
+    What is left of 1 is lost. They may take the logits' place, for several uses, if so told. Their
+    derivative is not exact.
     """
     on_cpu = partial(_shares_on_cpu, axes, in_place)
     return by_processor(on_cpu, partial(_shares_elsewhere, axes), logits)
@@ -462,7 +463,7 @@ def _kept_elsewhere(axes, cut, reduced, z, index):
 
 def _shares_elsewhere(axes, z):
     sums = sums_without_winner(axes, z)
-    return _scaled_elsewhere(z, sums.maximum, 1 / sums.total)
+    return _scaled_elsewhere(z, sums.maximum, 1 / sums.total), sums.number
 
 
 def _scaled_elsewhere(kept, maximum, factor):
@@ -563,16 +564,17 @@ def _stored(in_place, axes, z, index, m):
 
 
 def _shares_on_cpu(axes, in_place, z):
-    m = _maximum(axes, z)
-    if in_place:
-        e = jnp.exp(_settled(z, m) - m)
-        return taken_once(e / total(_reduce_row(jnp.sum, lambda e, _: e, e), axes))
-
     def exponentials(z, _, m):
         (m,) = _for_itself(m)
         return jnp.exp(_settled(z, m) - m)
 
-    return _scaled_elsewhere(z, m, 1 / total(_reduce_row(jnp.sum, exponentials, z, m), axes))
+    m = _maximum(axes, z)
+    if in_place:
+        e = jnp.exp(_settled(z, m) - m)
+        a = taken_once(e / total(_reduce_row(jnp.sum, lambda e, _: e, e), axes))
+    else:
+        a = _scaled_elsewhere(z, m, 1 / total(_reduce_row(jnp.sum, exponentials, z, m), axes))
+    return a, _winner_here(axes, a)
 
 
 def _ahead_on_cpu(values, own, index):
@@ -740,6 +742,10 @@ def _settled(z, m):
 
 def _winner_on_cpu(axes, values):
     return _first_largest(axes, values)[0]
+
+
+def _winner_here(axes, values):
+    return _winner_on_cpu(axes, jax.lax.stop_gradient(values)) - first_class(values, axes)
 
 
 def _first_largest(axes, values):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from ._checks import (
@@ -288,16 +289,16 @@ custom_vjp_static_first: Callable[[Callable[..., Any]], Any] = partial(
 
 @custom_vjp_static_first
 def _softmax(axes, logits):
-    return _shares(axes, False, logits).astype(logits.dtype)
+    return _shares(axes, False, logits)[0].astype(logits.dtype)
 
 
 def _softmax_fwd(axes, logits):
-    a = _shares(axes, True, logits)
-    return a.astype(logits.dtype), a
+    a, leader = _shares(axes, True, logits)
+    return a.astype(logits.dtype), (a, leader)
 
 
-def _softmax_bwd(axes, a, cotangent):
-    leader = winner(axes, a) - first_class(a, axes)
+def _softmax_bwd(axes, residuals, cotangent):
+    a, leader = residuals
     c = cotangent.astype(a.dtype)
     # As `pull_back_softmax`, which is linear, and so can be transposed.
     d_logits = a * (differences(axes, c, leader) - weighted_differences(axes, a, c, leader))
@@ -315,9 +316,9 @@ def _shares(axes, in_place, logits):
 @_shares.defjvp
 def _shares_jvp(axes, in_place, primals, tangents):
     # The softmax's Jacobian is symmetric.
-    a = _shares(axes, in_place, *primals)
-    leader = winner(axes, a) - first_class(a, axes)
-    return a, pull_back_softmax(a, leader, tangents[0].astype(a.dtype), axes)
+    a, leader = _shares(axes, in_place, *primals)
+    d_a = pull_back_softmax(a, leader, tangents[0].astype(a.dtype), axes)
+    return (a, leader), (d_a, np.zeros(leader.shape, jax.dtypes.float0))
 
 
 @custom_vjp_static_first
