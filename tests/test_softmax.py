@@ -89,7 +89,7 @@ def test_the_gradient_stores_one_array_while_it_runs():
 
 
 @pytest.mark.parametrize("confidence", [slow(-40.0), slow(0.0), 40.0])
-def test_second_derivatives_are_exact(confidence):
+def test_forward_mode_and_second_derivatives_are_exact(confidence):
     z = random_logits((10,), 1, jnp.float32).at[4].set(confidence)
     cotangent = random_logits((10,), 1, jnp.float32, 5)
     a = oracle.softmax(np.asarray(z, np.float64))
@@ -100,6 +100,19 @@ def test_second_derivatives_are_exact(confidence):
     for second in (jax.jacfwd, jax.jacrev):
         gradient = jax.grad(lambda z: jnp.vdot(c.astype(np.float32), js.softmax(z)))
         assert_relative(jax.jit(second(gradient))(z), truth, eps_multiple=64)
+    forward = jax.jit(jax.jacfwd(js.without_custom_rules(js.softmax)))
+    assert_relative(forward(z), oracle.softmax_jacobian(np.asarray(z, np.float64)), eps_multiple=16)
+
+
+def test_a_cotangent_that_depends_on_the_logits():
+    z = np.asarray(random_logits((10,), 1, jnp.float32), np.float64)
+
+    def curvature(softmax):
+        return jax.jit(jax.hessian(lambda z: jnp.sum(softmax(z) ** 2)))
+
+    with jax.enable_x64(True):
+        truth = np.asarray(curvature(jax.nn.softmax)(z))
+    assert_close(curvature(js.softmax)(jnp.asarray(z, jnp.float32)), truth, ulps=16)
 
 
 LAWFUL = jax.jit(js.softmax), jax.jit(js.softmax_jacobian)
