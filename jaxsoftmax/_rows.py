@@ -537,9 +537,11 @@ def _sums_on_cpu(axes, z, index, of_winner=None):
 
 
 def _winner_sums_on_cpu(axes, z):
-    number, own = _first_largest(axes, jax.lax.stop_gradient(z))
+    number, m = _first_largest(axes, jax.lax.stop_gradient(z))
     number -= first_class(z, axes)
-    return number, *_sums_on_cpu(axes, z, number, (own, jnp.where(own == -jnp.inf, 0, own)))
+    # Its value is the maximum, and its derivative the logit's.
+    own = _logit_at(axes, z, number)
+    return number, *_sums_on_cpu(axes, z, number, (own, jnp.where(m == -jnp.inf, 0, m)))
 
 
 def _kept_on_cpu(in_place, axes, z, index):
@@ -675,12 +677,16 @@ def _scaled_on_cpu(kept, maximum, factor):
 
 def _references(axes, z, index, in_place=False):
     """The logit at `index`, and the maximum."""
-    own = rounded(pick(_apart(z), index, axes).astype(arithmetic_dtype(z.dtype)))
+    own = _logit_at(axes, z, index)
     m = _maximum(axes, z)
     if in_place:
         # Of the logit as well: so it is read before the exponentials take the logits' place.
         m = jnp.maximum(m, jax.lax.stop_gradient(own))
     return own, jnp.where(m == -jnp.inf, 0, m)
+
+
+def _logit_at(axes, z, index):
+    return rounded(pick(_apart(z), index, axes).astype(arithmetic_dtype(z.dtype)))
 
 
 def _maximum(axes, z):

@@ -285,7 +285,6 @@ def test_a_small_cotangent_reaches_every_class(classes):
         assert_relative(gradient / cotangent, exact, eps_multiple=8)
 
 
-@pytest.mark.slow
 def test_derivatives_of_the_cost_without_any_rule():
     z = jnp.array([3.0, 1, 2, -4])
     for label in (jnp.array(1), jax.nn.one_hot(1, 4)):
