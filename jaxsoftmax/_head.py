@@ -521,7 +521,9 @@ def _as_rows(labels, layer, sample_weight):
         bend = jax.lax.stop_gradient(_as_bend("labels.", labels.logit_scale, labels.softcap, features))
         shape = *features.shape[:-1], teacher.weights.shape[-1]
         if shape != layer.shape:
-            raise ValueError(f"labels must give logits of shape {layer.shape}, got {shape}")
+            raise ValueError(
+                f"labels.features and labels.weights must give logits of shape {layer.shape}, got {shape}"
+            )
     elif isinstance(labels, SparseLabels):
         probabilities, numbers = _as_sparse(labels, layer, sample_weight)
     elif labels is not None:
