@@ -138,8 +138,8 @@ def shares(
 ) -> tuple[Float[Array, "*batch classes"], Integer[Array, "*batch 1"]]:
     """Each class's exponential over the sum of all, and a class with the largest; NaN as above.
 
-    What is left of 1 is lost. They may take the logits' place, for several uses, if so told. Their
-    derivative is not exact.
+    What a share lacks to 1 is lost. The shares may take the logits' place, for several uses, if so told.
+    Their derivative is not exact.
     """
     on_cpu = partial(_shares_on_cpu, axes, in_place)
     return by_processor(on_cpu, partial(_shares_elsewhere, axes), logits)
@@ -570,6 +570,7 @@ def _shares_on_cpu(axes, in_place, z):
         (m,) = _for_itself(m)
         return jnp.exp(_settled(z, m) - m)
 
+    z = _apart(z)
     m = _maximum(axes, z)
     if in_place:
         e = jnp.exp(_settled(z, m) - m)

@@ -104,6 +104,15 @@ def test_forward_mode_and_second_derivatives_are_exact(confidence):
     assert_relative(forward(z), oracle.softmax_jacobian(np.asarray(z, np.float64)), eps_multiple=16)
 
 
+@pytest.mark.parametrize("classes", [slow(16), 100, slow(1000)])
+def test_logits_that_one_program_forms_and_rounds_share_one(classes):
+    x = random_logits((8, 16), 5, jnp.bfloat16)
+    w = random_logits((16, classes), 5, jnp.bfloat16, 1)
+    b = random_logits((classes,), 1, jnp.bfloat16, 2)
+    a = jax.jit(lambda x, w, b: js.softmax(x @ w + b[None]))(x, w, b)
+    assert np.abs(np.asarray(a, np.float64).sum(-1) - 1).max() < 2 * classes**0.5 * 2.0**-9
+
+
 def test_a_cotangent_that_depends_on_the_logits():
     z = np.asarray(random_logits((10,), 1, jnp.float32), np.float64)
 

@@ -406,7 +406,9 @@ def test_a_class_that_sparse_labels_do_not_know():
         cost(x, w, None, SparseLabels(numbers, share[:, :1]))
     with pytest.raises(TypeError, match=r"labels.classes must be integers, got float32"):
         cost(x, w, None, SparseLabels(share, share))
-    with pytest.raises(ValueError, match=r"labels.weights must give logits of shape \(3, 4\), got \(3, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"labels.weights must give logits of shape \(3, 4\), got \(3, 5\)"
+    ):
         cost(x, w, None, TeacherLabels(x, jnp.ones((2, 5))))
     with pytest.raises(ValueError, match=r"labels.features .* must fit, .* got \(3, 2\) and \(3, 4\)"):
         cost(x, w, None, TeacherLabels(x, jnp.ones((3, 4))))
