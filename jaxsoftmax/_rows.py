@@ -263,7 +263,10 @@ def targets_behind(
     maximum: Float[Array, "*batch 1"],
     targets: Float[Array, "*#batch classes"],
 ) -> Float[Array, "*batch 1"]:
-    """Σ_{k≠i} t_k (m − z_k) of each row; 0 for a target of 0 and a logit of −inf."""
+    """Σ_{k≠i} t_k (m − z_k) of each row; 0 for a target of 0 and a logit of −inf.
+
+    i = `index` is a class whose logit is m, or no class.
+    """
     ways = _targets_behind_on_cpu, _targets_behind_elsewhere
     return total(by_processor(*ways, logits, index, maximum, targets), axes)
 
@@ -514,6 +517,7 @@ MOST_FLOATS = 2**24  # classes that float32 can number. More are numbered by int
 
 
 def _sums_on_cpu(axes, z, index, of_winner=None):
+    """The sums without the class at `index`: the winner, whose logit and maximum are told, or any."""
     own, m = of_winner or _references(axes, z, index)
     if known_size(z.shape[-1]) <= FEW:
         # A pass over the exponentials costs less than what leaves one out on the way.
@@ -577,7 +581,7 @@ def _shares_on_cpu(axes, in_place, z):
         a = taken_once(e / total(_reduce_row(jnp.sum, lambda e, _: e, e), axes))
     else:
         a = _scaled_elsewhere(z, m, 1 / total(_reduce_row(jnp.sum, exponentials, z, m), axes))
-    return a, _winner_here(axes, a)
+    return a, _winner_on_cpu(axes, jax.lax.stop_gradient(a)) - first_class(a, axes)
 
 
 def _ahead_on_cpu(values, own, index):
@@ -608,6 +612,7 @@ def _targets_behind_on_cpu(z, index, m, t):
     if known_size(z.shape[-1]) <= FEW:
         return _targets_behind_elsewhere(z, index, m, t)
 
+    # The distance of the class at index is 0.
     def others(z, _, t, m):
         m, much = _for_itself(m, jnp.finfo(m.dtype).max)
         # 0 · ∞ is NaN. So the smaller of the distance and ∞, or 0 where t is 0.
@@ -749,10 +754,6 @@ def _settled(z, m):
 
 def _winner_on_cpu(axes, values):
     return _first_largest(axes, values)[0]
-
-
-def _winner_here(axes, values):
-    return _winner_on_cpu(axes, jax.lax.stop_gradient(values)) - first_class(values, axes)
 
 
 def _first_largest(axes, values):
