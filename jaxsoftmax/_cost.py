@@ -43,6 +43,7 @@ from ._mesh import (
 from ._rows import (
     RowSums,
     behind_in_all,
+    behind_in_kept,
     is_class,
     kept_of,
     pick,
@@ -272,6 +273,15 @@ def as_options(
     )
 
 
+class RowStatistics(NamedTuple):
+    """ln Σ_k exp z_k, −Σ_k a_k ln a_k, and Σ_k y_k ln a_k, None without labels; and the winner."""
+
+    log_normalizer: Float[Array, "*batch"]
+    entropy: Float[Array, "*batch"]
+    label_log_likelihood: Float[Array, "*batch"] | None
+    winner: Integer[Array, "*batch"]  # Counted from this device's first class.
+
+
 def example_costs(
     z: Float[Array, "*batch classes"],
     labels: Array,
@@ -280,13 +290,13 @@ def example_costs(
     exists: Array | None,
     axes: Axes = (),
     in_place: bool | None = False,
-    with_row: bool = False,
-) -> tuple[Float[Array, "*batch"], Row | None]:
-    """What each example costs, its sample weight v included; and the row it is made of, if so told.
+    with_statistics: bool = False,
+) -> tuple[Float[Array, "*batch"], RowStatistics | None]:
+    """What each example costs, its sample weight v included; and statistics of its row, if so told.
 
     `exists` tells, for (classes) or (*batch, classes), which classes do; z must be −inf for the others.
     In place, the gradient by logits that nothing else uses is to take no memory beside theirs. None tells
-    that no gradient follows but in forward mode.
+    that no gradient follows but in forward mode. The statistics are held fixed.
     """
     w, alpha, zeta = options
     dtype = arithmetic_dtype(z.dtype)
@@ -294,19 +304,24 @@ def example_costs(
     if is_soft or alpha is not None:
         # Two uses of the logits: each part of the gradient is wide until it is rounded with the others.
         z = z.astype(dtype)
+    _, given = _alike(z, _as_targets(labels, None, dtype))
     z, labels = _alike(z, _as_targets(labels, v, dtype))
     smoothed = None if alpha is None else (1 - alpha, alpha * _even(exists, z, axes))
-    row = None
-    if is_soft or with_row:
+    statistics = None
+    if is_soft or with_statistics:
         # The sums without the winner make every class exact, so what else is wanted needs no others.
         targets = labels
         if is_soft and smoothed is not None:
             targets = smoothed[0] * labels + smoothed[1]
         if is_soft and w is not None:
             targets = across(w, labels.ndim) * targets
-        # A row that is told is read once more.
-        cost, m, log_sum, sums = _row_cost((axes, in_place and not with_row), z, targets)
-        row = Row(z, sums) if with_row else None
+        cost, m, log_sum, sums, behind = _row_cost((axes, in_place, with_statistics), z, targets)
+        if with_statistics:
+            # Of the labels as they were given, and nothing else.
+            row, of_labels = Row(z, sums), cost if is_soft else jnp.where(given < 0, jnp.nan, cost)
+            if is_soft and (v is not None or targets is not labels):
+                of_labels, _ = _cost_of(axes, row, given, _behind_of(axes, row, given))
+            statistics, _ = _statistics_of(row, behind, of_labels)
     else:
         cost, m, log_sum = _label_cost((axes, in_place), z, labels)
     m = jax.lax.stop_gradient(m)
@@ -328,7 +343,7 @@ def example_costs(
     if zeta is not None:
         squared = jnp.square(m + log_sum)
         cost += zeta * (squared if w is None else _weighted(class_weight, squared))
-    return cost if v is None else _weighted(v, cost), row
+    return cost if v is None else _weighted(v, cost), statistics
 
 
 def total_weight(
@@ -486,7 +501,9 @@ def log_likelihood_gradient(
 ) -> Float[Array, "*batch classes"]:
     """∂C/∂z_j = a_j T − y_j for each row, with T = Σ_k y_k and without its cancellation."""
     if not _is_probability(labels):
-        return jnp.where(is_class(a, _number(labels, a, axes)), -row.complements, a)
+        # Of no class but the winner a may be more than ½, so of no other a − 1 loses anything.
+        missing = jnp.where(_is_winner(axes, row, labels), -share(row.sums.others, row.sums.own), a - 1)
+        return jnp.where(is_class(a, _number(labels, a, axes)), missing, a)
     # Only the winner's a may be more than ½, so only its a T is no better known than what is left of it.
     index, sums = row.sums.number, row.sums
     others, own = of_targets or _target_sums(axes, row, labels)
@@ -578,12 +595,12 @@ def _is_positive(total):
     return (total > 0) & jnp.isfinite(total)
 
 
-# The same, and the sums, from those without the winner: for targets t, one for each class, or where
-# an integer label's cost is not all that is wanted.
+# The same, the sums without the winner, of which all is made, and for statistics Σ_k e_k (z_w − z_k): for
+# targets t, one for each class, or where an integer label's cost is not all that is wanted.
 @custom_vjp_static_first
 def _row_cost(plan, logits, labels):
-    axes, _ = plan
-    return _row_cost_fwd((axes, None), logits, labels)[0]
+    axes, _, with_statistics = plan
+    return _row_cost_fwd((axes, None, with_statistics), logits, labels)[0]
 
 
 class _RowResiduals(NamedTuple):
@@ -595,16 +612,19 @@ class _RowResiduals(NamedTuple):
 
 
 def _row_cost_fwd(plan, logits, labels):
-    axes, in_place = plan
+    axes, in_place, with_statistics = plan
     row, kept = row_of(axes, logits), None
+    behind = _behind_of(axes, row, labels)
     if in_place:
-        behind = _behind_of_targets(axes, row, labels)
         sums, kept = kept_of(axes, logits, row.sums, behind)
         row = Row(logits, sums)
-        cost, of_targets = _cost_of_targets(axes, row, labels, behind)
-    else:
-        cost, of_targets = _cost_of(axes, row, labels)
-    values = cost, row.sums.maximum[..., 0], row.log_sum[..., 0], row.sums
+    cost, of_targets = _cost_of(axes, row, labels, behind)
+    in_all = None
+    if with_statistics and kept is None:
+        in_all = behind_in_all(axes, logits, row.sums)
+    elif with_statistics:
+        in_all = behind_in_kept(axes, kept, row.sums)
+    values = cost, row.sums.maximum[..., 0], row.log_sum[..., 0], row.sums, in_all
     return values, _RowResiduals(row, kept, cost, labels, of_targets)
 
 
@@ -614,7 +634,7 @@ def _row_cost_fwd(plan, logits, labels):
 #     ∂C/∂t_k = −ln a_k
 # and as above ∂ ln Σ_k e_k/∂z_j = a_j
 def _row_cost_bwd(plan, residuals, cotangents):
-    axes, _ = plan
+    axes, *_ = plan
     row, kept, cost, labels, of_targets = residuals
     d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in whole(cotangents[:3], axes))
     sound = jnp.isfinite(cost)[..., None] & _is_positive(row.sums.total)
@@ -635,24 +655,35 @@ def _row_cost_bwd(plan, residuals, cotangents):
 _row_cost.defvjp(_row_cost_fwd, _row_cost_bwd)
 
 
-def _cost_of(axes, row, labels):
-    """−Σ_k t_k ln a_k, or −ln a_y; and the targets' sums, None for an integer label."""
+def _behind_of(axes, row, labels):
+    """Σ_k t_k (m − z_k), or m − z_y: what the cost takes of the logits themselves."""
     if _is_probability(labels):
-        return _cost_of_targets(axes, row, labels, _behind_of_targets(axes, row, labels))
-    return _cost_of_class(axes, row, labels), None
+        return targets_behind(axes, row.logits, row.sums.number, row.sums.maximum, labels)
+    return row.sums.maximum - rounded(pick(row.logits, _number(labels, row.logits, axes), axes))
 
 
-def _behind_of_targets(axes, row, targets):
-    return targets_behind(axes, row.logits, row.sums.number, row.sums.maximum, targets)
-
-
-def _cost_of_targets(axes, row, targets, behind):
-    """Σ_k t_k (−ln a_k), 0 where t_k is 0; and the targets' sums."""
-    others, own = of_targets = _target_sums(axes, row, targets)
-    # −ln a_k is (m − z_k) + ln Σ e for all but the winner.
+def _cost_of(axes, row, labels, behind):
+    """−Σ_k t_k ln a_k, or −ln a_y; and the targets' sums, None for an integer label."""
+    if not _is_probability(labels):
+        return _cost_of_class(axes, row, labels, behind), None
+    others, own = of_targets = _target_sums(axes, row, labels)
+    # −ln a_k is (m − z_k) + ln Σ e for all but the winner; 0 where t_k is 0.
     cost = behind + row.log_sum * others + row.surprise_of_winner * own
     impossible = (others + own > 0) & (row.sums.total == 0)
     return jnp.where(impossible, jnp.inf, cost)[..., 0], of_targets
+
+
+def _cost_of_class(axes, row, labels, behind):
+    # All devices agree on it, as numbers count alike from their first classes. A maximum tells JAX so.
+    is_winner = largest(_is_winner(axes, row, labels).astype(jnp.int32), axes) == 1
+    cost = jnp.where(is_winner, row.surprise_of_winner, behind + row.log_sum)
+    cost = jnp.where(row.sums.total == 0, jnp.inf, cost)[..., 0]
+    return jnp.where(labels < 0, jnp.nan, cost)
+
+
+def _is_winner(axes, row, labels):
+    """Whether each integer label names the winner."""
+    return _number(labels, row.logits, axes) == row.sums.number
 
 
 def _unless_nowhere(labels, cotangent):
@@ -666,15 +697,6 @@ def _surprise(row, targets):
     """−ln a_k for each class; 0 where it is infinite and the target 0, since 0 · ln 0 = 0."""
     surprises = row.surprises
     return jnp.where((targets == 0) & jnp.isposinf(surprises), 0, surprises)
-
-
-class RowStatistics(NamedTuple):
-    """ln Σ_k exp z_k, −Σ_k a_k ln a_k, and Σ_k y_k ln a_k, None without labels; and the winner."""
-
-    log_normalizer: Float[Array, "*batch"]
-    entropy: Float[Array, "*batch"]
-    label_log_likelihood: Float[Array, "*batch"] | None
-    winner: Integer[Array, "*batch"]  # Counted from this device's first class.
 
 
 # With the winner w and d_k = z_w − z_k, so that −ln a_k = −ln a_w + d_k, the entropy is
@@ -695,30 +717,22 @@ class _StatisticsResiduals(NamedTuple):
 
 
 def _row_statistics_fwd(axes, logits, labels):
-    return statistics_of_row(axes, row_of(axes, logits), labels)
-
-
-def statistics_of_row(axes: Axes, row: Row, labels: Any) -> tuple[RowStatistics, _StatisticsResiduals]:
-    """The statistics of a row whose sums are known, without a gradient; and what the rule keeps."""
-    sums = row.sums
-    mean_behind = behind_in_all(axes, row.logits, sums) / sums.total
-    cost = of_targets = likelihood = None
+    row = row_of(axes, logits)
+    cost = of_targets = None
     if labels is not None:
-        cost, of_targets = _cost_of(axes, row, labels)
-        likelihood = -cost
+        cost, of_targets = _cost_of(axes, row, labels, _behind_of(axes, row, labels))
+    statistics, mean_behind = _statistics_of(row, behind_in_all(axes, logits, row.sums), cost)
+    return statistics, _StatisticsResiduals(row, mean_behind, cost, labels, of_targets)
+
+
+def _statistics_of(row, behind, cost):
+    """The statistics, and d̄."""
+    sums, mean_behind = row.sums, behind / row.sums.total
     normalizer, entropy = sums.maximum + row.log_sum, row.surprise_of_winner + mean_behind
-    statistics = normalizer[..., 0], entropy[..., 0], likelihood, sums.number[..., 0]
-    return RowStatistics(*statistics), _StatisticsResiduals(row, mean_behind, cost, labels, of_targets)
-
-
-def _cost_of_class(axes, row, labels):
-    number = _number(labels, row.logits, axes)
-    behind = row.sums.maximum - rounded(pick(row.logits, number, axes))
-    # All devices agree on it, as numbers count alike from their first classes. A maximum tells JAX so.
-    is_winner = largest((number == row.sums.number).astype(jnp.int32), axes) == 1
-    cost = jnp.where(is_winner, row.surprise_of_winner, behind + row.log_sum)
-    cost = jnp.where(row.sums.total == 0, jnp.inf, cost)[..., 0]
-    return jnp.where(labels < 0, jnp.nan, cost)
+    likelihood = None if cost is None else -cost
+    return RowStatistics(
+        normalizer[..., 0], entropy[..., 0], likelihood, sums.number[..., 0]
+    ), mean_behind
 
 
 # ∂/∂z_j of ln Σ_k exp z_k is a_j, of H it is a_j (−ln a_j − H) = a_j (d_j − d̄) with d_w = 0, and of the

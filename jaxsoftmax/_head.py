@@ -51,7 +51,6 @@ from ._cost import (
     example_weights,
     reduced,
     row_statistics,
-    statistics_of_row,
     total_weight,
 )
 from ._mesh import (
@@ -661,12 +660,11 @@ def _costs(plan, z, shared, rows):
     axes, v, options = plan.axes, rows.free.sample_weight, shared.free.options
     z, bent, exists = _bent(plan, z, shared, rows)
     labels = _targets(plan, bent, shared, rows, exists)
-    cost, row = example_costs(bent, labels, v, options, exists, axes, plan.in_place, plan.has_statistics)
+    cost, found = example_costs(
+        bent, labels, v, options, exists, axes, plan.in_place, plan.has_statistics
+    )
     weight = example_weights(labels, v, options.class_weight, axes) if plan.has_weights else None
-    statistics = None
-    if row is not None:
-        found, _ = statistics_of_row(axes, row, labels)
-        statistics = _as_statistics(*_with_numbers(plan, z, bent, labels, found))
+    statistics = None if found is None else _as_statistics(*_with_numbers(plan, z, bent, labels, found))
     return (cost, weight), statistics
 
 

@@ -238,6 +238,15 @@ def behind_in_all(
     return _behind(axes, logits, sums.number, m, low) * jnp.exp(low - m) + sums.ahead * sums.others
 
 
+@partial(jax.jit, static_argnums=0)
+def behind_in_kept(
+    axes: Axes, kept: Float[Array, "*batch classes"], sums: RowSums
+) -> Float[Array, "*batch 1"]:
+    """The same of what the exponentials are made of, held fixed."""
+    on_cpu, elsewhere = partial(_behind_in_kept_on_cpu, axes), partial(behind_in_all, axes)
+    return by_processor(on_cpu, elsewhere, *jax.lax.stop_gradient((kept, sums)))
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _behind(axes, z, index, m, low):
     """Σ_{k≠i} exp(z_k − low) (m − z_k)."""
@@ -560,7 +569,7 @@ def _kept_again_on_cpu(axes, z, index, m, others, read):
     if z.dtype != arithmetic_dtype(z.dtype):
         return others, z
     # Of what was read as well: so it is read before the exponentials take the logits' place.
-    return _stored(True, axes, z, index, jnp.where(read == read, m, read))
+    return _stored(True, axes, z, index, jnp.where(read == read, m, rounded(m)))
 
 
 def _stored(in_place, axes, z, index, m):
@@ -606,6 +615,21 @@ def _behind_on_cpu(axes, z, index, m, low):
         return jnp.exp(z - low) * jnp.minimum(m - z, most)
 
     return total(_reduce_row(jnp.sum, others, z, m, low), axes)
+
+
+def _behind_in_kept_on_cpu(axes, kept, sums):
+    if kept.dtype != sums.maximum.dtype:
+        return behind_in_all(axes, kept, sums)
+
+    def others(e, _, unit):
+        # The class that the sums went without has 0 there, and so has what is too small to count.
+        return e * -jnp.log(jnp.maximum(e * unit, jnp.finfo(e.dtype).tiny))
+
+    # ln e_k, so that near classes keep their digits; or, where all others are far, ln (UNIT e_k), so that
+    # none of them is too small.
+    unit = jnp.where(sums.others < 1e-9, 1, 1 / UNIT).astype(kept.dtype)
+    behind = total(_reduce_row(jnp.sum, others, kept, unit), axes) / UNIT
+    return behind + jnp.log(UNIT * unit) * sums.others
 
 
 def _targets_behind_on_cpu(z, index, m, t):
@@ -761,13 +785,14 @@ def _first_largest(axes, values):
     dtype, count = arithmetic_dtype(values.dtype), class_count(values, axes)
     if known_size(count) > MOST_FLOATS:
         return _winner_elsewhere(axes, values), _maximum(axes, values)
+    # In units of which all classes together make 1, less than the smallest difference times `much`.
     numbers = jnp.arange(values.shape[-1], dtype=dtype)
     if axes:
         numbers += jnp.asarray(first_class(values, axes), dtype)
+    much = 2.0 ** (jnp.finfo(dtype).maxexp - 1)
     # The maximum and what it is subtracted from must be the same numbers, whatever computes them.
-    values, numbers, tiny, scale = _for_itself(values, numbers, 2.0**-100, count * 2.0**100)
+    values, numbers, much = _for_itself(values, numbers / MOST_FLOATS, much)
     m = largest(jnp.max(values, axis=-1, keepdims=True).astype(dtype), axes)
-    # 0 for the largest and 1 elsewhere: the smallest difference there is, made 1.
-    is_behind = jnp.minimum(m - _settled(values, m), tiny) * scale
-    first = smallest(jnp.min(across(numbers, m.ndim) + is_behind, axis=-1, keepdims=True), axes)
-    return jnp.minimum(first, count - 1).astype(jnp.int32), m
+    behind = (m - _settled(values, m)) * much
+    first = smallest(jnp.min(across(numbers, m.ndim) + behind, axis=-1, keepdims=True), axes)
+    return jnp.minimum(MOST_FLOATS * first, count - 1).astype(jnp.int32), m

@@ -254,6 +254,25 @@ def test_entropy_keeps_its_digits_however_confident(lead, block_size):
     for actual, exact in zip(run(jnp.asarray(z)), expected, strict=True):
         assert_relative(actual, exact, eps_multiple=8)
 
+    @jax.jit
+    def run_beside(w, labels):
+        def cost(w):
+            options = {"reduction": "sum", "block_size": block_size, "return_statistics": True}
+            return js.linear_log_likelihood_cost(x, w, None, labels, **options)
+
+        (cost, found), gradient = jax.value_and_grad(cost, has_aux=True)(w)
+        return cost, gradient, found.entropy, found.label_log_likelihood
+
+    entropy, likelihood, _, gradient = expected
+    for given in (labels, y.astype(np.float32)):
+        found = run_beside(jnp.asarray(z), jnp.asarray(given))
+        for actual, exact in zip(found, (-likelihood.sum(), gradient, entropy, likelihood), strict=True):
+            assert_relative(actual, exact, eps_multiple=8)
+    # However small the others' exponentials are.
+    z[:, 4] += 6
+    *_, entropy, _ = run_beside(jnp.asarray(z), jnp.asarray(labels))
+    assert_relative(entropy, oracle.entropy(z), eps_multiple=8)
+
 
 @pytest.mark.slow
 def test_second_derivatives_of_statistics():
@@ -334,17 +353,20 @@ def test_rank_counts_larger_logits_and_equal_ones_before(block_size):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "reduction", "block_size"),
+    ("kind", "dtype", "reduction", "block_size", "options"),
     [
-        ("float32", "none", 4),
-        slow("float32", "mean", 4),
-        slow("bfloat16", "mean", 4),
-        slow("float32", "sum", None),
+        ("integer", "float32", "none", 4, {"label_smoothing": 0.1, "softcap": 3.0}),
+        ("integer", "float32", "mean", 4, {}),
+        slow("integer", "bfloat16", "mean", 4, {"softcap": 3.0}),
+        slow("probabilities", "float32", "mean", 4, {}),
+        slow("teacher", "float32", "mean", None, {"label_smoothing": 0.1}),
+        slow("integer", "float32", "sum", None, {"label_smoothing": 0.1}),
     ],
 )
-def test_statistics_beside_the_cost(dtype, reduction, block_size):
-    arguments, labels, *_ = a_case("integer", dtype, {}, None)
-    options = {"label_smoothing": 0.1, "softcap": 3.0, "block_size": block_size}
+def test_statistics_beside_the_cost(kind, dtype, reduction, block_size, options):
+    arguments, labels, *_ = a_case(kind, dtype, {}, None)
+    options = {**options, "block_size": block_size}
+    bend = {"softcap": options.get("softcap"), "block_size": block_size}
 
     def cost(x, w, b, **returned):
         cost = js.linear_log_likelihood_cost(x, w, b, labels, reduction=reduction, **options, **returned)
@@ -361,7 +383,7 @@ def test_statistics_beside_the_cost(dtype, reduction, block_size):
     d_x, ((value, statistics), gradients) = run(*arguments)
     assert not np.any(d_x)
     expected = jax.jit(jax.value_and_grad(cost, (0, 1, 2)))(*arguments)
-    alone = jax.jit(partial(js.head_statistics, softcap=3.0, block_size=block_size))(*arguments, labels)
+    alone = jax.jit(partial(js.head_statistics, **bend))(*arguments, labels)
     assert_close((value, gradients), expected, ulps=2)
     np.testing.assert_array_equal(statistics.prediction, alone.prediction)
     np.testing.assert_array_equal(statistics.label_rank, alone.label_rank)
