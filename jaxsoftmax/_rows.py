@@ -594,16 +594,19 @@ def _shares_on_cpu(axes, in_place, z):
 
 
 def _ahead_on_cpu(values, own, index):
+    dtype = arithmetic_dtype(values.dtype)
+    unit, most = 1 / MOST_FLOATS, 2.0 ** (jnp.finfo(dtype).maxexp - 1)
+
     def ahead(values, first, own, index):
-        # Any difference is more than all numbers of classes then.
-        own, before = _places_before(values, index - first, own)
-        own, one, much = _for_itself(own, 1.0, 2.0**126)
+        # In units of which all classes together make 1, less than the smallest difference times `much`.
+        own, before = _places_before(values, index - first, own, unit)
+        own, one, much = _for_itself(own, unit, most)
         larger = (_settled(values, own) - own) * much
         # With a constant 0 both bounds would be one operation, before which XLA stores what it bounds.
         return jnp.maximum(jnp.minimum(larger + before, one), 0 * own)
 
-    own = own.astype(arithmetic_dtype(values.dtype))
-    return _reduce_row(jnp.sum, ahead, values, own, index).astype(jnp.int32)
+    units = _reduce_row(jnp.sum, ahead, values, own.astype(dtype), index)
+    return (MOST_FLOATS * units).astype(jnp.int32)
 
 
 def _behind_on_cpu(axes, z, index, m, low):

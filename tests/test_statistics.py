@@ -345,6 +345,9 @@ def test_rank_counts_larger_logits_and_equal_ones_before(block_size):
     # Of classes that exist; what bends logits changes no order, and may make them equal.
     some = jnp.array([True, True, False, True, True])
     assert list(rank(jnp.array([4, 3, 1, 0, 1]), where=some, softcap=1e-3)) == [1, 2, 1, 5, 1]
+    # Of the smallest differences, too, each counts more than a place.
+    smallest = jnp.float32(3e-38) * jnp.array([[1.0, 2, 2, 2, 2]])
+    assert list(js.head_statistics(x[:1, :1], smallest, None, jnp.array([4])).label_rank) == [3]
     # A label without a likelihood is nobody's hit.
     assert list(rank(jnp.array([1, 2, 0, 0, 2]), where=some)) == [0, 5, 3, 5, 5]
     assert list(rank(jnp.array([-1, 5, 1, 0, 1]))) == [5, 5, 1, 5, 2]
