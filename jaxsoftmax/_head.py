@@ -63,6 +63,7 @@ from ._mesh import (
     on_devices,
     part,
     places_of,
+    smallest,
     spread,
     summed_like,
     total,
@@ -679,8 +680,9 @@ def _with_numbers(plan, z, bent, labels, statistics):
     """Statistics that have a gradient, and the numbers beside them: prediction and rank."""
     axes, first = plan.axes, first_class(z, plan.axes)
     normalizer, entropy, likelihood, number = statistics
-    # What bends logits changes no order, but may make them equal.
-    prediction = number + first if bent is z else winner(axes, z)[:, 0]
+    # What bends logits changes no order, but may make them equal. All devices agree on the winner; a
+    # minimum tells JAX so.
+    prediction = smallest(number + first, axes) if bent is z else winner(axes, z)[:, 0]
     label_rank = None
     if labels is not None and not jnp.issubdtype(labels.dtype, jnp.floating):
         label_rank = rank(axes, z, labels[:, None] - first)[:, 0]

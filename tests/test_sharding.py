@@ -249,7 +249,7 @@ def test_statistics_and_formed_labels_on_a_mesh(kind):
         kinds = js.TeacherLabels(x_t, w_t, logit_scale=2.0), js.SparseLabels(few, shares)
         weights = {"sample_weight": v, "class_weight": u, "label_smoothing": 0.1}
         costs = [js.linear_log_likelihood_cost(x, w, b, y, **weights, **bent) for y in kinds]
-        both = js.linear_log_likelihood_cost(x, w, b, labels, return_statistics=True, **bent)
+        both = js.linear_log_likelihood_cost(x, w, b, labels, return_statistics=True, **axes)
         each = js.linear_log_likelihood_cost(x, w, b, kinds[0], reduction="none", **bent)
         return (*costs, both[0]), (each, statistics, both[1])
 
