@@ -304,8 +304,8 @@ def example_costs(
     if is_soft or alpha is not None:
         # Two uses of the logits: each part of the gradient is wide until it is rounded with the others.
         z = z.astype(dtype)
-    _, given = _alike(z, _as_targets(labels, None, dtype))
-    z, labels = _alike(z, _as_targets(labels, v, dtype))
+    given = labels
+    z, labels = _alike(z, _as_targets(given, v, dtype))
     smoothed = None if alpha is None else (1 - alpha, alpha * _even(exists, z, axes))
     statistics = None
     if is_soft or with_statistics:
@@ -320,6 +320,7 @@ def example_costs(
             # Of the labels as they were given, and nothing else.
             row, of_labels = Row(z, sums), cost if is_soft else jnp.where(given < 0, jnp.nan, cost)
             if is_soft and (v is not None or targets is not labels):
+                _, given = _alike(z, _as_targets(given, None, dtype))
                 of_labels, _ = _cost_of(axes, row, given, _behind_of(axes, row, given))
             statistics, _ = _statistics_of(row, behind, of_labels)
     else:

@@ -249,9 +249,10 @@ def test_statistics_and_formed_labels_on_a_mesh(kind):
         kinds = js.TeacherLabels(x_t, w_t, logit_scale=2.0), js.SparseLabels(few, shares)
         weights = {"sample_weight": v, "class_weight": u, "label_smoothing": 0.1}
         costs = [js.linear_log_likelihood_cost(x, w, b, y, **weights, **bent) for y in kinds]
-        both = js.linear_log_likelihood_cost(x, w, b, labels, return_statistics=True, **axes)
+        both = js.linear_log_likelihood_cost(x, w, b, labels, return_statistics=True, **bent)
+        straight = js.head_statistics(x, w, b, labels, **axes)
         each = js.linear_log_likelihood_cost(x, w, b, kinds[0], reduction="none", **bent)
-        return (*costs, both[0]), (each, statistics, both[1])
+        return (*costs, both[0]), (each, statistics, both[1], straight)
 
     def ints(statistics):
         return statistics.prediction, statistics.label_rank
@@ -260,10 +261,10 @@ def test_statistics_and_formed_labels_on_a_mesh(kind):
         def total(x, w, b, v, u, shares, *others):
             labels, x_t, w_t, few, exists = others
             costs, by_row = head(x, w, b, labels, v, u, x_t, w_t, few, shares, exists)
-            each, statistics, beside = by_row
+            each, statistics, beside, straight = by_row
             floats = statistics.entropy, statistics.log_normalizer, statistics.label_log_likelihood
             of_rows = [jnp.sum(c * jnp.arange(1.0, ROWS + 1)) for c in (each, *floats)]
-            return sum(costs) + sum(of_rows), (by_row, costs, ints(statistics), ints(beside))
+            return sum(costs) + sum(of_rows), (by_row, costs, *map(ints, (statistics, beside, straight)))
 
         x, w, b, labels, v, u, x_t, w_t, few, shares, exists = arguments
         free = x, w, b, v, u, shares
@@ -271,11 +272,7 @@ def test_statistics_and_formed_labels_on_a_mesh(kind):
         return both(*free, labels, x_t, w_t, few, exists)
 
     expected = run(head)
-    by_row = (
-        P(d),
-        js.HeadStatistics(P(d), P(d), P(d), P(d), P(d)),
-        js.HeadStatistics(P(d), P(d), P(d), P(d), P(d)),
-    )
+    by_row = P(d), *[js.HeadStatistics(P(d), P(d), P(d), P(d), P(d))] * 3
     on_mesh = as_called(head, kind, specs, ((P(), P(), P()), by_row))
     with jax.set_mesh(mesh):
         arguments = place_on(mesh, arguments, specs)
