@@ -57,8 +57,7 @@ class GradientRow(NamedTuple):
             rough = self.differences == "unknown" and self.custom_nonfinite < self.unknown
             why = "differences are too rough" if rough else "not finite"
             return f"not judged: {many}, {why}"
-        if ulps is None:
-            ulps = 4 if jnp.finfo(self.dtype).bits < 32 else 32
+        ulps = usual_ulps(self.dtype) if ulps is None else ulps
         if self.custom_ulps > max(ulps, self.as_close):
             return f"wrong: {self.custom_ulps:.3g} ulp off, {max(ulps, self.as_close):.3g} allowed"
         return "right" + {"custom": " by differences", "kink": " at a kink"}.get(
@@ -174,6 +173,11 @@ class GradientComparison(NamedTuple):
         axes.axline((0, 0), slope=1, color="gray", linewidth=0.8)
         axes.set(xlabel="float64, over the largest entry", ylabel="gradient, over the same")
         axes.legend()
+
+
+def usual_ulps(dtype: Any) -> int:
+    """How many ulps off is right in any case."""
+    return 4 if jnp.finfo(dtype).bits < 32 else 32
 
 
 def _number(number: float, form: str) -> str:

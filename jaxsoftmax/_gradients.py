@@ -15,8 +15,9 @@ from jax.core import Tracer
 from jax.extend import core as jax_core
 from jaxtyping import PRNGKeyArray
 
-from ._comparison import GradientComparison, GradientRow
+from ._comparison import GradientComparison, GradientRow, usual_ulps
 from ._differences import Contradiction, Verdict, are_few, judge
+from ._linearity import LinearityTests, slack
 from ._rules import Removal, coarsest, filled, is_array, refuse_uncallable
 
 try:
@@ -48,8 +49,11 @@ def compare_gradients(
     is the reference's to the last bit is right whatever float64 says, but for overflow and NaN: no rule
     has changed it.
 
-    A gradient r(c) must also be linear in the cotangent c. Of one scalar, r(−50.3) = −50.3 r(1). Of other
-    outputs, r(−64c) = −64 r(c), and r of some of c's entries and r of the others add up to r(c).
+    A gradient r(c) must also be linear in the cotangent c. Each `jax.custom_vjp` is tested where it
+    stands: r of −50.3 times some of c's entries, less r of 50.3 times the others, is −50.3 r(c). Where a
+    rule fails in this or cannot be reached, the whole function is tested. Of one scalar, r(−50.3) =
+    −50.3 r(1). Of other outputs, r(−64c) = −64 r(c), and r of some of c's entries and r of the others add
+    up to r(c).
 
     Where plain automatic differentiation is impossible, not finite or says another thing than the rule,
     differences judge: central ones, extrapolated, in float64 where the function can. Up to 20 entries are
@@ -58,8 +62,8 @@ def compare_gradients(
     entry that is NaN or infinite in truth.
 
     Args:
-        function: Returns any pytree of arrays; usually it uses `jax.custom_vjp`. It is run as one
-            compiled program, and so is the reference.
+        function: Returns any pytree of arrays; usually it uses `jax.custom_vjp`. It is compiled, in one
+            program with the reference if that can run: what both have in common runs once.
         *args: Its positional arguments, any pytrees; bind others by `functools.partial`. Gradients are
             taken for every real or complex floating-point array, Python float and complex number among
             them; the rest is passed on, and its arrays are named under the table, as are outputs that
@@ -119,42 +123,39 @@ def compare_gradients(
         cotangents = _cotangents(plain.outputs, key)
         if not _is_one_number(cotangents):
             notes.append("gradients are those of all outputs times random numbers, added up")
-        run = partial(_said, "function cannot be differentiated", own.run, task.floats)
-        # A large multiple shows what clips, but may overflow.
-        for factors in ((-50.3, -64.0), (-1.7, -2.0)):
-            factor, draws = _draws(cotangents, *factors)
-            outputs, gradients = run(draws)
-            by_draws = list(map(_numpy, gradients))
-            if all(np.isfinite(each).all() for each in by_draws):
-                break
-        _refuse_other_shapes("function's rules", outputs, plain.outputs)
-        custom = [
-            _Custom("value", path, aval.dtype, x.dtype, _numpy(x))
-            for path, aval, x in zip(plain.paths, plain.outputs, outputs, strict=True)
-        ] + [
-            _by_draws(path, x.dtype, gradient.dtype, each, factor)
-            for path, x, gradient, each in zip(task.paths, task.floats, gradients, by_draws, strict=True)
-        ]
+        program = plain if given is None else _said("reference cannot be traced", task.trace, given)
+        custom, narrow = (
+            _at_once(task, own, program, plain, cotangents) if removal.testable else (None,) * 2
+        )
+        in_draws = partial(_in_draws, task, own, plain, cotangents)
+        at_once = custom is not None
+        custom = custom or in_draws()
         step("reference")
         if given is None:
-            program = plain
-            beside = partial(_plain_results, task, function, plain, jvp, cotangents, notes)
+            beside = partial(_plain_results, task, function, plain, jvp, cotangents, narrow, notes)
         else:
-            program = _said("reference cannot be traced", task.trace, given)
             beside = partial(
-                _reference_results, task, function, given, program, plain, jvp, cotangents, notes
+                _reference_results, task, function, given, program, plain, jvp, cotangents, narrow, notes
             )
         results = beside()
-        if removal.random and not task.is_wide and _any_far(custom, results):
+        limits = _limits(custom, results)
+        is_far = any(limit.off > usual_ulps(c.dtype) for c, limit in zip(custom, limits, strict=True))
+        if removal.random and not task.is_wide and is_far:
             task.stay()
             notes.append("random numbers are drawn, others in float64: compared in its own precision")
             results = beside()
-        if _any_wrong(custom, results):
+            limits = _limits(custom, results)
+        if at_once and _any_wrong(custom, results, limits):
+            custom = in_draws()
+            limits = _limits(custom, results)
+        if _any_wrong(custom, results, limits):
             results = _with_noise(task, program, cotangents, results)
-        if given is None:
+            limits = _limits(custom, results)
+        if given is None and (everywhere or _any_disputed(custom, limits)):
             step("differences")
-            results = _judged(task, function, own, cotangents, custom, results, everywhere, notes)
-    rows = tuple(map(_row, custom, results, _limits(custom, results)))
+            results = _judged(task, function, own, cotangents, custom, results, limits, everywhere, notes)
+            limits = _limits(custom, results)
+    rows = tuple(map(_row, custom, results, limits))
     return GradientComparison(
         rows=rows,
         skipped=(*task.skipped, *plain.skipped),
@@ -251,16 +252,21 @@ class _Program:
             return [results[i] for i in kept]
 
         def run(constants, floats, draws):
-            outputs, pull_back = jax.vjp(lambda x: values(constants, x), floats)
+            outputs, pull_back = jax.vjp(partial(values, constants), floats)
             # In a loop, each draw goes through the same instructions: what is linear stays so to the bit.
             return outputs, jax.lax.map(lambda c: pull_back(list(map(_like, c, outputs)))[0], draws)
 
+        self._untraced = values
         self._values, self._run = jax.jit(values), jax.jit(run)
         self._forward = jax.jit(lambda constants, x: jax.vjp(partial(values, constants), x)[0])
 
     def eps(self) -> float:
         """That of the narrowest numbers inside."""
         return coarsest(self._closed)
+
+    def tested(self) -> "_Program":
+        """The same with rules that give NaN where they may not be linear."""
+        return _Program(LinearityTests().of(self._closed), self._paths)
 
     def without_rules(self, removal: Removal) -> "_Program":
         """The same without custom rules, which `removal` counts."""
@@ -277,6 +283,23 @@ class _Program:
     def run(self, floats, draws) -> tuple[list[Any], list[Any]]:
         """The floating-point outputs, and each argument's gradients by each draw of cotangents."""
         return jax.block_until_ready(self._run(self._closed.consts, floats, draws))
+
+    def beside(self, other: "_Program", floats, cotangents) -> tuple[Any, list[np.ndarray]]:
+        """The outputs and gradients, and another program's results: what both share is run once."""
+        programs = self, other
+        constants = {id(c): c for program in programs for c in program._closed.consts}
+
+        @jax.jit
+        def run(constants, floats, cotangents):
+            results = []
+            for program in programs:
+                own = [constants[id(c)] for c in program._closed.consts]
+                outputs, pull_back = jax.vjp(partial(program._untraced, own), floats)
+                results.append((outputs, pull_back(list(map(_like, cotangents, outputs)))[0]))
+            return results
+
+        own, (outputs, gradients) = jax.block_until_ready(run(constants, floats, cotangents))
+        return own, list(map(_numpy, [*outputs, *gradients]))
 
     def results(self, floats, cotangents) -> list[np.ndarray]:
         """The floating-point outputs and each argument's gradient."""
@@ -303,6 +326,48 @@ class _Custom(NamedTuple):
     parts: tuple[np.ndarray, ...] = ()  # Gradients by some entries of c, and by the others.
 
 
+def _outputs(plain, outputs) -> list[_Custom]:
+    """The function's outputs, which must be what they are without its rules."""
+    _refuse_other_shapes("function's rules", outputs, plain.outputs)
+    return [
+        _Custom("value", path, aval.dtype, x.dtype, _numpy(x))
+        for path, aval, x in zip(plain.paths, plain.outputs, outputs, strict=True)
+    ]
+
+
+def _at_once(task, own, program, plain, cotangents) -> tuple[Any, Any]:
+    """The function's and the reference's results by one program; None where something goes wrong.
+
+    So are the function's where a rule may not be linear.
+    """
+    both, _ = _attempt(own.tested().beside, program, task.floats, cotangents)
+    if both is None:
+        return None, None
+    (outputs, gradients), narrow = both
+    custom = [
+        _Custom("gradient", path, x.dtype, gradient.dtype, _numpy(gradient))
+        for path, x, gradient in zip(task.paths, task.floats, gradients, strict=True)
+    ]
+    if not all(np.isfinite(c.result).all() for c in custom):
+        return None, narrow
+    return [*_outputs(plain, outputs), *custom], narrow
+
+
+def _in_draws(task, own, plain, cotangents) -> list[_Custom]:
+    """The function's results by several cotangents."""
+    # A large multiple shows what clips, but may overflow.
+    for factors in ((-50.3, -64.0), (-1.7, -2.0)):
+        factor, draws = _draws(cotangents, *factors)
+        outputs, gradients = _said("function cannot be differentiated", own.run, task.floats, draws)
+        by_draws = list(map(_numpy, gradients))
+        if all(np.isfinite(each).all() for each in by_draws):
+            break
+    return _outputs(plain, outputs) + [
+        _by_draws(path, x.dtype, gradient.dtype, each, factor)
+        for path, x, gradient, each in zip(task.paths, task.floats, gradients, by_draws, strict=True)
+    ]
+
+
 def _by_draws(path, dtype, custom_dtype, draws, factor) -> _Custom:
     """A gradient by the draws of `_draws`."""
     multiple, once, *parts = draws
@@ -319,10 +384,10 @@ class _Result(NamedTuple):
     kinks: Any = False  # Which entries are right at one, and so is any other between its slopes.
 
 
-def _plain_results(task, function, plain, jvp, cotangents, notes) -> list[Any]:
+def _plain_results(task, function, plain, jvp, cotangents, narrow, notes) -> list[Any]:
     """Results of the function without its rules, as far as plain automatic differentiation goes."""
     again = task.retrace(function, jvp)
-    narrow, why = _attempt(plain.results, task.floats, cotangents)
+    narrow, why = (narrow, "") if narrow else _attempt(plain.results, task.floats, cotangents)
     wide, why_wide = _wide_results(task, again, cotangents, narrow)
     why = why or why_wide
     if narrow is None and wide is None:
@@ -337,10 +402,13 @@ def _plain_results(task, function, plain, jvp, cotangents, notes) -> list[Any]:
     return _beside(task, narrow, wide, why, notes)
 
 
-def _reference_results(task, function, reference, other, plain, jvp, cotangents, notes) -> list[Any]:
+def _reference_results(
+    task, function, reference, other, plain, jvp, cotangents, narrow, notes
+) -> list[Any]:
     """Results of a reference that was given, with the digits that plain autodiff alone has."""
     _refuse_other_shapes("reference", other.outputs, plain.outputs)
-    narrow = _said("reference cannot be differentiated", other.results, task.floats, cotangents)
+    if narrow is None:
+        narrow = _said("reference cannot be differentiated", other.results, task.floats, cotangents)
     wide, why = _wide_results(task, partial(task.trace, reference), cotangents, narrow)
     results = _beside(task, narrow, wide, why, notes)
     own_narrow, _ = _attempt(plain.results, task.floats, cotangents)
@@ -397,14 +465,10 @@ def _with_noise(task, program, cotangents, results) -> list[Any]:
     return results
 
 
-def _judged(task, function, own, cotangents, custom, results, everywhere, notes) -> list[Any]:
+def _judged(task, function, own, cotangents, custom, results, limits, everywhere, notes) -> list[Any]:
     """The results, with gradients that differences confirm where plain autodiff is no judge."""
     at = [i for i, c in enumerate(custom) if c.kind == "gradient"]
-    limits = _limits(custom, results)
-    disputed = [
-        np.full(custom[i].result.shape, everywhere) | _disputed(custom[i], results[i], limits[i])
-        for i in at
-    ]
+    disputed = [limits[i].disputed | everywhere for i in at]
     if not any(mask.any() for mask in disputed):
         return results
     # Plain autodiff that is wrong somewhere may be so elsewhere, where the rule says the same.
@@ -469,69 +533,60 @@ class _Limit(NamedTuple):
     off: float  # How far off its reference is, in ulps.
     as_close: float  # How much of that excuses it.
     same: bool  # Whether it is its reference to the last bit.
-    allowed: float
+    disputed: np.ndarray  # The entries that are not right by their truth.
 
 
-def _limits(custom, results) -> list[Any]:
+def _limits(custom, results) -> list[_Limit]:
     """How far off each custom result may be."""
-    overall = max(
-        _largest(result.truth) for c, result in zip(custom, results, strict=True) if c.kind == "gradient"
-    )
+    sizes = [_largest(result.truth) for result in results]
+    overall = max(size for c, size in zip(custom, sizes, strict=True) if c.kind == "gradient")
     limits = []
-    for c, result in zip(custom, results, strict=True):
-        about, largest = jnp.finfo(c.dtype), _largest(result.truth)
+    for c, result, largest in zip(custom, results, sizes, strict=True):
+        about, known = jnp.finfo(c.dtype), np.isfinite(result.truth)
         ulp = float(about.eps) * 2.0 ** math.floor(math.log2(max(largest, float(about.tiny))))
         cap = (overall if c.kind == "gradient" else largest) * (2.0**-5 if about.bits < 32 else 2.0**-8)
-        off = float(np.max(np.where(np.isfinite(result.truth), result.noise, 0), initial=0))
+        off = float(np.max(result.noise, initial=0, where=known))
         as_close = 2 * min(off, cap) / ulp if math.isfinite(off) else 0.0
-        # Overflow and NaN where there is a number are no one's right.
-        number = np.isfinite(_off(c.result, result.truth, c.dtype)) | ~np.isfinite(result.truth)
-        same = bool(number.all()) and not np.any(_distance(c.result, result.reference))
         if result.differences in ("custom", "kink"):
             as_close = 2 * cap / ulp
-        allowed = math.inf if same else max(_usual(c.dtype), as_close) * ulp
-        limits.append(_Limit(ulp, off / ulp, as_close, same, allowed))
+        error = _off(c.result, result.truth, c.dtype)
+        # Overflow and NaN where there is a number are no one's right.
+        same = np.array_equal(c.result, result.reference, equal_nan=True)
+        same = same and bool((np.isfinite(error) | ~known).all())
+        allowed = math.inf if same else max(usual_ulps(c.dtype), as_close) * ulp
+        limits.append(_Limit(ulp, off / ulp, as_close, same, ~known | (error > allowed)))
     return limits
 
 
-def _disputed(custom, result, limit) -> Any:
-    """The entries that are not right by their truth."""
-    return ~np.isfinite(result.truth) | (_off(custom.result, result.truth, custom.dtype) > limit.allowed)
+def _any_disputed(custom, limits) -> bool:
+    """Whether any entry of a gradient is not right by its truth."""
+    pairs = zip(custom, limits, strict=True)
+    return any(limit.disputed.any() for c, limit in pairs if c.kind == "gradient")
 
 
-def _any_far(custom, results) -> bool:
-    """Whether any reference is far off its truth."""
-    limits = _limits(custom, results)
-    return any(limit.off > _usual(c.dtype) for c, limit in zip(custom, limits, strict=True))
-
-
-def _any_wrong(custom, results) -> bool:
+def _any_wrong(custom, results, limits) -> bool:
     """Whether any result is not right by its truth."""
-    limits = _limits(custom, results)
-    return any(map(np.any, map(_disputed, custom, results, limits))) or not all(
+    return any(limit.disputed.any() for limit in limits) or not all(
         map(_is_linear, custom, results, limits)
     )
 
 
 def _off(x, truth, dtype) -> np.ndarray:
     """How far each entry is from the truth. Infinity is right for what the dtype cannot hold."""
+    off = _distance(x, truth)
+    if np.isfinite(np.max(off, initial=0)):
+        return off
     with np.errstate(invalid="ignore"):
         beyond = (np.abs(truth) > float(jnp.finfo(dtype).max)) & (x == np.sign(truth) * np.inf)
-    return np.where(beyond, 0.0, _distance(x, truth))
-
-
-def _usual(dtype) -> int:
-    """How many ulps off is right in any case."""
-    return 4 if jnp.finfo(dtype).bits < 32 else 32
+    return np.where(beyond, 0.0, off)
 
 
 def _row(custom, result, limit) -> GradientRow:
     own, reference, truth = custom.result, result.reference, result.truth
     known = np.isfinite(truth)
-    error, reference_error = (
-        np.where(known & ~np.asarray(result.kinks), _off(x, truth, custom.dtype), 0.0)
-        for x in (own, reference)
-    )
+    unjudged = ~known | np.asarray(result.kinks)
+    error, reference_error = (_off(x, truth, custom.dtype) for x in (own, reference))
+    error[unjudged] = reference_error[unjudged] = 0.0
     distance = _distance(own, reference)
     most = distance if result.differences == "kink" else error
     worst = np.unravel_index(np.argmax(most), most.shape) if most.size else ()
@@ -543,7 +598,9 @@ def _row(custom, result, limit) -> GradientRow:
         shape=own.shape,
         dtype=str(custom.dtype),
         custom_dtype=str(custom.custom_dtype),
-        norm=float(np.linalg.norm(truth[known])) if known.any() or not known.size else math.nan,
+        norm=float(np.linalg.norm(truth if known.all() else truth[known]))
+        if known.any() or not known.size
+        else math.nan,
         largest=largest,
         difference=difference,
         relative=difference / largest if largest else (math.inf if difference else 0.0),
@@ -551,7 +608,9 @@ def _row(custom, result, limit) -> GradientRow:
         worst=tuple(int(i) for i in worst),
         custom=own[worst].item() if own.size else 0.0,
         reference=reference[worst].item() if own.size else 0.0,
-        truth=np.where(result.kinks, np.nan, truth)[worst].item() if own.size else 0.0,
+        truth=np.where(np.broadcast_to(result.kinks, own.shape)[worst], np.nan, truth[worst]).item()
+        if own.size
+        else 0.0,
         custom_ulps=float(np.max(error, initial=0)) / limit.ulp,
         reference_ulps=float(np.max(reference_error, initial=0)) / limit.ulp,
         custom_nonfinite=int(np.sum(~np.isfinite(own))),
@@ -586,9 +645,9 @@ def _is_linear(custom, result, limit) -> bool:
     if custom.multiple is None:
         return True
     about, once = jnp.finfo(custom.dtype), custom.result
-    slack = 4 * _usual(custom.dtype) * float(about.eps)
+    rounding = slack(custom.dtype)
     if not np.isfinite(result.reference).any():
-        slack = max(slack, 2.0**-9)  # It may go on until something is small.
+        rounding = max(rounding, 2.0**-9)  # It may go on until something is small.
     noise = 8 * limit.off * limit.ulp if math.isfinite(limit.off) else 0.0
     noise += max(float(about.smallest_subnormal), 2.0**-126)
     tests = [(custom.multiple, custom.factor * once, abs(custom.factor))]
@@ -596,7 +655,7 @@ def _is_linear(custom, result, limit) -> bool:
     for found, expected, times in tests:
         known = np.isfinite(once) & (np.abs(expected) <= float(about.max))
         off = np.where(known, _distance(found, expected), 0)
-        if np.any(off > slack * max(map(_largest, [expected, *custom.parts])) + times * noise):
+        if np.any(off > rounding * max(map(_largest, [expected, *custom.parts])) + times * noise):
             return False
     return True
 
@@ -646,7 +705,8 @@ def _numpy_dtype(dtype: Any) -> type:
 def _largest(array: Any) -> float:
     """The largest finite absolute entry."""
     array = np.abs(array)
-    return float(np.max(array, initial=0, where=np.isfinite(array)))
+    largest = np.max(array, initial=0)
+    return float(largest if np.isfinite(largest) else np.max(array, initial=0, where=np.isfinite(array)))
 
 
 def _with_digits(narrow, wide, own_narrow, own_wide, noise) -> np.ndarray:
@@ -664,9 +724,13 @@ def _with_digits(narrow, wide, own_narrow, own_wide, noise) -> np.ndarray:
 
 def _distance(a: Any, b: Any) -> np.ndarray:
     """|a − b|, where NaN or infinity is 0 from its like and infinitely far from all else."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        distance = np.asarray(a - b)
+        distance = np.abs(distance, out=None if np.iscomplexobj(distance) else distance)  # In place.
+    if np.isfinite(np.max(distance, initial=0)):
+        return distance
     same = (a == b) | (np.isnan(a) & np.isnan(b))
-    with np.errstate(invalid="ignore"):
-        return np.where(same, 0.0, np.nan_to_num(np.abs(a - b), nan=np.inf, posinf=np.inf))
+    return np.where(same, 0.0, np.nan_to_num(distance, nan=np.inf, posinf=np.inf))
 
 
 def _is_key(key: Any) -> bool:

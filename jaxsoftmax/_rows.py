@@ -270,7 +270,7 @@ def targets_behind(
     logits: Float[Array, "*batch classes"],
     index: Integer[Array, "*batch 1"],
     maximum: Float[Array, "*batch 1"],
-    targets: Float[Array, "*#batch classes"],
+    targets: Float[Array, "... classes"],
 ) -> Float[Array, "*batch 1"]:
     """Σ_{k≠i} t_k (m − z_k) of each row; 0 for a target of 0 and a logit of −inf.
 

@@ -94,7 +94,36 @@ _HOLDERS = {
 }  # fmt: skip
 
 
-class Removal:
+class Rewriting:
+    """Rewrites the equations of jaxprs."""
+
+    def of(self, part: Any) -> Any:
+        """A jaxpr, or whatever holds jaxprs among an equation's parameters, rewritten."""
+        # Open before closed: from JAX 0.12 on the two are one class.
+        if isinstance(part, jax_core.Jaxpr):
+            return part.replace(eqns=list(map(self._equation, part.eqns)))
+        if isinstance(part, jax_core.ClosedJaxpr):
+            return part.replace(jaxpr=self.of(part.jaxpr))
+        if isinstance(part, tuple | list):
+            parts = [self.of(each) for each in part]
+            return type(part)(*parts) if hasattr(part, "_fields") else type(part)(parts)
+        return part
+
+    def _equation(self, equation: Any) -> Any:
+        """What stands in an equation's place: the same, with the programs that it holds rewritten."""
+        if equation.primitive.name not in _HOLDERS:
+            return equation
+        params = {key: self.of(value) for key, value in equation.params.items()}
+        if equation.primitive.name == "custom_jvp_call":
+            params["jvp_jaxpr_fun"] = _RewrittenRule(params["jvp_jaxpr_fun"], self._for_forward_rules())
+        return equation.replace(params=params)
+
+    def _for_forward_rules(self) -> "Rewriting":
+        """What rewrites the rule of a `custom_jvp` that stays."""
+        return self
+
+
+class Removal(Rewriting):
     """Removes rules from jaxprs, and counts what it meets.
 
     Attributes:
@@ -114,17 +143,15 @@ class Removal:
         self.opaque: set[str] = set()
 
     def of(self, part: Any) -> Any:
-        """A jaxpr, or whatever holds jaxprs among an equation's parameters, without custom rules."""
-        # Open before closed: from JAX 0.12 on the two are one class.
+        """The same without custom rules."""
         if isinstance(part, jax_core.Jaxpr):
             self.stopped += _stopped(part)
-            return part.replace(eqns=[self._equation(equation) for equation in part.eqns])
-        if isinstance(part, jax_core.ClosedJaxpr):
-            return part.replace(jaxpr=self.of(part.jaxpr))
-        if isinstance(part, tuple | list):
-            parts = [self.of(each) for each in part]
-            return type(part)(*parts) if hasattr(part, "_fields") else type(part)(parts)
-        return part
+        return super().of(part)
+
+    @property
+    def testable(self) -> bool:
+        """Whether no rule but those that `LinearityTests` test can be other than linear."""
+        return not self.opaque and {kind for kind, _, _ in self.rules} <= {"custom_vjp", "custom_jvp"}
 
     def found(self) -> tuple[Rule, ...]:
         """The rules met, those removed first."""
@@ -154,10 +181,10 @@ class Removal:
         if name in ("custom_jvp_call", "custom_linear_solve"):
             body = params["jaxprs"].solve if name == "custom_linear_solve" else params["call_jaxpr"]
             self._count(name, _name(body), False)
-        params = {key: self.of(value) for key, value in params.items()}
-        if name == "custom_jvp_call":
-            params["jvp_jaxpr_fun"] = _RuleWithoutRules(params["jvp_jaxpr_fun"])
-        return equation.replace(params=params)
+        return super()._equation(equation)
+
+    def _for_forward_rules(self) -> "Removal":
+        return Removal(jvp=False)
 
     def _solve(self, equation: Any) -> Any:
         """A linear solution by its algorithm alone, without the implicit derivative."""
@@ -241,16 +268,16 @@ def _is_program(part: Any) -> bool:
     return isinstance(part, jax_core.Jaxpr | jax_core.ClosedJaxpr)
 
 
-class _RuleWithoutRules:
-    """The rule of a `custom_jvp` that stays, without the custom rules that it uses itself."""
+class _RewrittenRule:
+    """The rule of a `custom_jvp`, with what it holds rewritten."""
 
-    def __init__(self, rule: Any):
-        self._rule = rule
+    def __init__(self, rule: Any, rewriting: Rewriting):
+        self._rule, self._rewriting = rule, rewriting
         self.debug_info = rule.debug_info
 
     def call_wrapped(self, *zeros: bool) -> tuple[Any, Any, Any]:
         jaxpr, constants, out_zeros = self._rule.call_wrapped(*zeros)
-        return Removal(jvp=False).of(jaxpr), constants, out_zeros
+        return self._rewriting.of(jaxpr), constants, out_zeros
 
 
 def filled(leaves: list[Any], at: list[int], arrays: Any) -> list[Any]:

@@ -15,7 +15,11 @@ import jaxsoftmax as js
 PACKAGE = Path(js.__file__).parent
 # Each module imports only from modules before it in its list; the lists know nothing of each other.
 ORDER = ["_checks", "_mesh", "_rows", "_softmax", "_cost", "_blocks", "_head", "_network", "__init__"]
-ALONE = [["_version"], ["_training"], ["_rules", "_differences", "_comparison", "_gradients"]]
+ALONE = [
+    ["_version"],
+    ["_training"],
+    ["_rules", "_differences", "_comparison", "_linearity", "_gradients"],
+]
 
 
 def imported(name):

@@ -10,8 +10,11 @@ import numpy as np
 import optax
 import pytest
 from helpers import every, mostly_slow, slow, unchecked
+from jax.extend import core as jax_core
 
 import jaxsoftmax as js
+from jaxsoftmax import _gradients
+from jaxsoftmax._linearity import LinearityTests
 
 
 def ruled(backward, primal=jnp.sin, derivative=jnp.cos):
@@ -86,6 +89,34 @@ def test_a_rule_must_be_linear_in_its_cotangent(kind, key):
         gradient = jax.jit(jax.grad(function))(x)["dropped"]["plain"]
         row = next(row for row in comparison.rows if row.path == "x['dropped']['plain']")
         assert row.custom == float(gradient[row.worst])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", slow("float32"), slow("complex64")])
+def test_rules_are_tested_where_they_stand(dtype, key, monkeypatch):
+    pairs = list(itertools.product(CONSTRUCTS, BACKWARD))
+    x = {pair: jax.random.normal(key, (3, 2), dtype) for pair in map("/".join, pairs)}
+
+    def function(x):
+        results = [
+            CONSTRUCTS[construct](ruled(BACKWARD[fault]))(x[f"{construct}/{fault}"]).sum()
+            for construct, fault in pairs
+        ]
+        return sum(results).real
+
+    tested = LinearityTests().of(jax.make_jaxpr(function)(x))
+    leaves, tree = jax.tree.flatten(x)
+    gradients = jax.jit(jax.grad(lambda leaves: jax_core.jaxpr_as_fun(tested)(*leaves)[0]))(leaves)
+    for pair, gradient in jax.tree.unflatten(tree, gradients).items():
+        is_linear = pair.endswith(("/right", "/twice", "/conjugated"))
+        assert bool(jnp.isfinite(gradient).all()) == is_linear, pair
+    # What is right needs no more runs of the whole function.
+    monkeypatch.setattr(_gradients, "_in_draws", lambda *_: pytest.fail("more runs"))
+    right = [jax.random.normal(key, (3, 2), dtype)] * len(CONSTRUCTS)
+
+    def rightly(right):
+        return [f(ruled(BACKWARD["right"]))(x) for f, x in zip(CONSTRUCTS.values(), right, strict=True)]
+
+    js.compare_gradients(rightly, right).assert_close()
 
 
 @jax.custom_jvp

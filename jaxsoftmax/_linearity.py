@@ -1,0 +1,82 @@
+"""Custom rules that must be linear in their cotangents, tested where they stand."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import linear_util
+
+from ._comparison import usual_ulps
+from ._rules import Rewriting, is_array
+
+
+class LinearityTests(Rewriting):
+    """Has each `custom_vjp` rule in a jaxpr give NaN where it is not linear in its cotangent c.
+
+    Beside r(c), which the program needs anyway, the rule gives r(λ · some of c) and r(−λ · the rest), and
+    their difference must be λ r(c). So a rule runs twice more, and the layers between rules do not. What
+    is linear but for rounding may become NaN as well.
+    """
+
+    def _equation(self, equation: Any) -> Any:
+        if equation.primitive.name != "custom_vjp_call":
+            return super()._equation(equation)
+        backward = equation.params["bwd"]
+        tested = linear_util.wrap_init(
+            partial(_linear_or_nan, backward.call_wrapped, len(equation.outvars)),
+            debug_info=backward.debug_info,
+        )
+        return equation.replace(params=equation.params | {"bwd": tested})
+
+
+def _linear_or_nan(backward: Callable[..., Any], outputs: int, *arguments: Any) -> Any:
+    """A backward rule's gradients, of which those that are not linear in its cotangents are NaN."""
+    first = len(arguments) - outputs
+    residuals, cotangents = arguments[:first], arguments[first:]
+    numbers = [c for c in cotangents if _is_number(c)]
+    if not numbers:
+        return backward(*arguments)
+    # Many digits show what rounds one number.
+    narrowest = max((c.dtype for c in numbers), key=lambda dtype: jnp.finfo(dtype).eps)
+    factor = float(np.real(np.asarray(-50.3, narrowest)))
+
+    def run(part):
+        parts = [part(c) if _is_number(c) else c for c in cotangents]
+        return backward(*residuals, *parts)
+
+    def gradients_of(result):
+        # From JAX 0.12 on, a dictionary of what the rule logs comes behind them.
+        return result[0] if isinstance(result, tuple) else result
+
+    result = run(lambda c: c)
+    some = gradients_of(run(lambda c: jnp.where(_are_some(c), factor * c, 0)))
+    rest = gradients_of(run(lambda c: jnp.where(_are_some(c), 0, -factor * c)))
+
+    def tested(gradient, some, rest):
+        if not _is_number(gradient):
+            return gradient
+        whole = factor * gradient
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in (some, rest, whole)]))
+        off = jnp.abs(some - rest - whole)
+        return jnp.where(off <= slack(gradient.dtype) * largest, gradient, jnp.nan)
+
+    gradients = list(map(tested, gradients_of(result), some, rest))
+    return (gradients, *result[1:]) if isinstance(result, tuple) else gradients
+
+
+def slack(dtype: Any) -> float:
+    """How far from linear rounding may be, over the largest entry."""
+    return 4 * usual_ulps(dtype) * float(jnp.finfo(dtype).eps)
+
+
+def _are_some(c):
+    """Every other entry, and the only one."""
+    at = (jax.lax.broadcasted_iota(np.int32, c.shape, axis) for axis in range(c.ndim))
+    return sum(at) % 2 == 0
+
+
+def _is_number(c):
+    return is_array(c) and jnp.issubdtype(c.dtype, jnp.inexact)
