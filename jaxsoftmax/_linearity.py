@@ -59,9 +59,9 @@ def _linear_or_nan(backward: Callable[..., Any], outputs: int, *arguments: Any) 
         if not _is_number(gradient):
             return gradient
         whole = factor * gradient
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in (some, rest, whole)]))
-        off = jnp.abs(some - rest - whole)
-        return jnp.where(off <= slack(gradient.dtype) * largest, gradient, jnp.nan)
+        largest = jnp.max(jnp.abs(some) + jnp.abs(rest) + jnp.abs(whole), initial=0) / 2
+        is_linear = jnp.abs(some - rest - whole) <= slack(gradient.dtype) * largest
+        return jnp.where(is_linear & jnp.isfinite(largest), gradient, jnp.nan)
 
     gradients = list(map(tested, gradients_of(result), some, rest))
     return (gradients, *result[1:]) if isinstance(result, tuple) else gradients

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import oracle
 import pytest
@@ -415,6 +416,31 @@ def test_a_cost_that_is_not_counted_has_no_gradient():
 
     gradients = jax.grad(guarded, (0, 1))(x, w, jnp.array([0, 9, 2]))
     assert_close(gradients, (np.zeros((3, 4)), np.zeros((4, 5))), ulps=0)
+
+
+@pytest.mark.parametrize("block_size", [None, slow(2)])
+def test_slopes_far_over_a_softcap_keep_their_digits(block_size):
+    # Each example picks its own row of the weights, so that their gradient is the logits'.
+    softcap, labels = 30.0, np.array([0, 1, 2, 3])
+    w = np.linspace(-420, 420, 28).reshape(4, 7).astype(np.float32)
+
+    def cost(w):
+        x = jnp.eye(4)
+        return js.linear_log_likelihood_cost(
+            x, w, None, jnp.asarray(labels), reduction="sum", softcap=softcap, block_size=block_size
+        )
+
+    logits = [[softcap * mpmath.tanh(mpmath.mpf(float(v)) / softcap) for v in row] for row in w]
+    slopes = [[mpmath.sech(mpmath.mpf(float(v)) / softcap) ** 2 for v in row] for row in w]
+    expected = np.zeros(w.shape)
+    for i, (row, label) in enumerate(zip(logits, labels, strict=True)):
+        total = mpmath.fsum(map(mpmath.exp, row))
+        for j, z in enumerate(row):
+            others = mpmath.fsum(mpmath.exp(v) for k, v in enumerate(row) if k != j)
+            share = -others if j == label else mpmath.exp(z)
+            expected[i, j] = share / total * slopes[i][j]
+    # A logit of 30 is rounded by 2⁻²⁰, and its exponential by as much.
+    assert_relative(jax.jit(jax.grad(cost))(jnp.asarray(w)), expected, eps_multiple=64)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,11 @@ def test_what_the_head_moves_and_computes(kind, block_size):
     # A loop's body is counted once: the first block is outside it, the others are one.
     share = 1 if block_size is None else 2 * block / own_rows
     products = share * 3 * 2 * rows * features * classes / 8
-    assert compiled.cost_analysis()["flops"] == pytest.approx(products, rel=0.05)
+    # Beside them, 30 operations for each logit; and two for each number of the gradients, as with
+    # check_vma False the cost's cotangent is not known to be 1.
+    others = 30 * share * own_rows * own_classes
+    others += 2 * (own_rows * features + features * own_classes + own_classes)
+    assert 0 < compiled.cost_analysis()["flops"] - products < others
 
 
 @pytest.mark.slow
