@@ -124,9 +124,9 @@ def compare_gradients(
         if not _is_one_number(cotangents):
             notes.append("gradients are those of all outputs times random numbers, added up")
         program = plain if given is None else _said("reference cannot be traced", task.trace, given)
-        custom, narrow = (
-            _at_once(task, own, program, plain, cotangents) if removal.testable else (None,) * 2
-        )
+        custom = narrow = None
+        if removal.testable:
+            custom, narrow = _at_once(task, own, program, plain, cotangents)
         in_draws = partial(_in_draws, task, own, plain, cotangents)
         at_once = custom is not None
         custom = custom or in_draws()
@@ -285,7 +285,7 @@ class _Program:
         return jax.block_until_ready(self._run(self._closed.consts, floats, draws))
 
     def beside(self, other: "_Program", floats, cotangents) -> tuple[Any, list[np.ndarray]]:
-        """The outputs and gradients, and another program's results: what both share is run once."""
+        """The outputs and gradients, and another program's results. What both share is run once."""
         programs = self, other
         constants = {id(c): c for program in programs for c in program._closed.consts}
 
@@ -336,11 +336,11 @@ def _outputs(plain, outputs) -> list[_Custom]:
 
 
 def _at_once(task, own, program, plain, cotangents) -> tuple[Any, Any]:
-    """The function's and the reference's results by one program; None where something goes wrong.
+    """The function's and the reference's results by one program, None if it cannot run.
 
-    So are the function's where a rule may not be linear.
+    The function's are None as well if a rule may not be linear.
     """
-    both, _ = _attempt(own.tested().beside, program, task.floats, cotangents)
+    both, _ = _attempt(lambda: own.tested().beside(program, task.floats, cotangents))
     if both is None:
         return None, None
     (outputs, gradients), narrow = both
@@ -584,9 +584,9 @@ def _off(x, truth, dtype) -> np.ndarray:
 def _row(custom, result, limit) -> GradientRow:
     own, reference, truth = custom.result, result.reference, result.truth
     known = np.isfinite(truth)
-    unjudged = ~known | np.asarray(result.kinks)
+    kinks = np.broadcast_to(result.kinks, own.shape)
     error, reference_error = (_off(x, truth, custom.dtype) for x in (own, reference))
-    error[unjudged] = reference_error[unjudged] = 0.0
+    error[~known | kinks] = reference_error[~known | kinks] = 0.0
     distance = _distance(own, reference)
     most = distance if result.differences == "kink" else error
     worst = np.unravel_index(np.argmax(most), most.shape) if most.size else ()
@@ -598,9 +598,7 @@ def _row(custom, result, limit) -> GradientRow:
         shape=own.shape,
         dtype=str(custom.dtype),
         custom_dtype=str(custom.custom_dtype),
-        norm=float(np.linalg.norm(truth if known.all() else truth[known]))
-        if known.any() or not known.size
-        else math.nan,
+        norm=float(np.linalg.norm(truth[known])) if known.any() or not known.size else math.nan,
         largest=largest,
         difference=difference,
         relative=difference / largest if largest else (math.inf if difference else 0.0),
@@ -608,9 +606,7 @@ def _row(custom, result, limit) -> GradientRow:
         worst=tuple(int(i) for i in worst),
         custom=own[worst].item() if own.size else 0.0,
         reference=reference[worst].item() if own.size else 0.0,
-        truth=np.where(np.broadcast_to(result.kinks, own.shape)[worst], np.nan, truth[worst]).item()
-        if own.size
-        else 0.0,
+        truth=0.0 if not own.size else math.nan if kinks[worst] else truth[worst].item(),
         custom_ulps=float(np.max(error, initial=0)) / limit.ulp,
         reference_ulps=float(np.max(reference_error, initial=0)) / limit.ulp,
         custom_nonfinite=int(np.sum(~np.isfinite(own))),
