@@ -50,10 +50,10 @@ def compare_gradients(
     has changed it.
 
     A gradient r(c) must also be linear in the cotangent c. Each `jax.custom_vjp` is tested where it
-    stands: r of −50.3 times some of c's entries, less r of 50.3 times the others, is −50.3 r(c). Where a
-    rule fails in this or cannot be reached, the whole function is tested. Of one scalar, r(−50.3) =
-    −50.3 r(1). Of other outputs, r(−64c) = −64 r(c), and r of some of c's entries and r of the others add
-    up to r(c).
+    stands: r of −50.3 times some of c's entries and r of −50.3 times the others add up to −50.3 r(c).
+    Where a rule fails in this or cannot be reached, the whole function is tested. Of one scalar,
+    r(−50.3) = −50.3 r(1). Of other outputs, r(−64c) = −64 r(c), and r of some of c's entries and r of the
+    others add up to r(c).
 
     Where plain automatic differentiation is impossible, not finite or says another thing than the rule,
     differences judge: central ones, extrapolated, in float64 where the function can. Up to 20 entries are
@@ -124,9 +124,7 @@ def compare_gradients(
         if not _is_one_number(cotangents):
             notes.append("gradients are those of all outputs times random numbers, added up")
         program = plain if given is None else _said("reference cannot be traced", task.trace, given)
-        custom = narrow = None
-        if removal.testable:
-            custom, narrow = _at_once(task, own, program, plain, cotangents)
+        custom, narrow = _at_once(task, own, program, plain, cotangents)
         in_draws = partial(_in_draws, task, own, plain, cotangents)
         at_once = custom is not None
         custom = custom or in_draws()

@@ -88,7 +88,7 @@ _BODIES = {"custom_vjp_call": "call_jaxpr", "custom_vmap_call": "call", "linear_
 _JVP_BODIES = {"custom_jvp_call": "call_jaxpr"}
 
 # The operations that are known to hold nothing but programs. Others may need theirs as they are.
-_HOLDERS = {
+HOLDERS = {
     "jit", "pjit", "closed_call", "core_call", "call", "checkpoint", "remat", "remat2", "scan", "while",
     "cond", "shard_map", "custom_jvp_call", "custom_linear_solve",
 }  # fmt: skip
@@ -111,7 +111,7 @@ class Rewriting:
 
     def _equation(self, equation: Any) -> Any:
         """What stands in an equation's place: the same, with the programs that it holds rewritten."""
-        if equation.primitive.name not in _HOLDERS:
+        if equation.primitive.name not in HOLDERS:
             return equation
         params = {key: self.of(value) for key, value in equation.params.items()}
         if equation.primitive.name == "custom_jvp_call":
@@ -148,11 +148,6 @@ class Removal(Rewriting):
             self.stopped += _stopped(part)
         return super().of(part)
 
-    @property
-    def testable(self) -> bool:
-        """Whether no rule but those that `LinearityTests` test can be other than linear."""
-        return not self.opaque and {kind for kind, _, _ in self.rules} <= {"custom_vjp", "custom_jvp"}
-
     def found(self) -> tuple[Rule, ...]:
         """The rules met, those removed first."""
         rules = [Rule(kind, name, n, gone) for (kind, name, gone), n in self.rules.items()]
@@ -172,7 +167,7 @@ class Removal(Rewriting):
             return self._solve(equation)
         if name == "call_hi_primitive" and type(params["_prim"]).__name__ == "CustomRoot":
             return self._root(equation, params["_prim"].solve_jaxpr)
-        if name not in _HOLDERS:
+        if name not in HOLDERS:
             inside = Removal(self._jvp)
             inside.of(tuple(params.values()))
             if inside.rules:

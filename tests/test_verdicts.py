@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import every, mostly_slow, slow, unchecked
+from jax.custom_derivatives import linear_call
 from jax.extend import core as jax_core
 
 import jaxsoftmax as js
@@ -117,6 +118,51 @@ def test_rules_are_tested_where_they_stand(dtype, key, monkeypatch):
         return [f(ruled(BACKWARD["right"]))(x) for f, x in zip(CONSTRUCTS.values(), right, strict=True)]
 
     js.compare_gradients(rightly, right).assert_close()
+
+
+def in_forward_rule(inner):
+    """A `custom_jvp` of sin whose rule uses an inner function."""
+
+    @jax.custom_jvp
+    def outer(x):
+        return jnp.sin(x)
+
+    outer.defjvp(lambda primals, tangents: (jnp.sin(*primals), inner(*primals, *tangents)))
+    return outer
+
+
+def linear_of_clipped(x, tangent):
+    clipped = lambda _, cotangent: jnp.clip(cotangent, -1, 1)  # noqa: E731
+    return linear_call(lambda _, t: t, clipped, (), tangent) * jnp.cos(x)
+
+
+def with_rule(function, backward):
+    ruled = jax.custom_vjp(function)
+    ruled.defvjp(lambda *arguments: (function(*arguments), arguments), backward)
+    return ruled
+
+
+early_out = with_rule(
+    lambda x: ((x**2).sum(), (x**3).sum()),
+    lambda r, c: (jnp.where(c[0] == 0, 0, 2 * c[0] * r[0] + 3 * c[1] * r[0] ** 2),),
+)
+cut = with_rule(lambda s, x: s * x, lambda r, c: (jnp.maximum((c * r[1]).sum(), 0), c * r[0]))
+HARDLY_WRONG = {
+    "every other": lambda x: ruled(lambda c: jnp.where(jnp.arange(c.size) % 2, jnp.abs(c), c))(x).sum(),
+    "a sum": lambda x: cut(x.sum(), x).sum(),
+    "one output": early_out,
+    "in a forward rule": lambda x: in_forward_rule(
+        lambda x, t: jax.jvp(ruled(lambda c: jnp.clip(c, -1, 1)), (x,), (t,))[1]
+    )(x).sum(),
+    "a linear call": lambda x: (in_forward_rule(linear_of_clipped)(x) * ruled(lambda c: c)(x)).sum(),
+}
+
+
+@pytest.mark.parametrize("name", HARDLY_WRONG)
+def test_what_is_hardly_not_linear_is_found(name):
+    x = jnp.array([-1.0, 3.0, -1.0, 1.0])
+    row = js.compare_gradients(HARDLY_WRONG[name], x).rows[-1]
+    assert row.verdict() == "wrong: not linear in the cotangent"
 
 
 @jax.custom_jvp
