@@ -92,13 +92,17 @@ def taken_once(logits: Array) -> Array:
     XLA on the CPU would do it anew in each pass over them, and hold beside them what they are made of.
     Only what is dear, as a quotient, is done once for all its uses.
     """
-    # A constant 1 would be stored in the logits' size, outside of a loop that is differentiated.
-    return by_processor(lambda z: z / (1 + (z != z).astype(z.dtype)), lambda z: z, logits)
+    return by_processor(_once, lambda z: z, logits)
 
 
 @taken_once.defjvp
 def _taken_once_jvp(primals, tangents):
     return taken_once(*primals), *tangents
+
+
+def _once(z):
+    # A constant 1 would be stored in the logits' size, outside of a loop that is differentiated.
+    return z / (1 + (z != z).astype(z.dtype))
 
 
 def bounded(difference: Array) -> Array:
@@ -563,7 +567,7 @@ def _sums_of_columns(axes, z, index, of_winner):
         m = jnp.where(m == -jnp.inf, 0, m)
     others = (jnp.where(index == k, 0, _exponentials(column, m)) for k, column in enumerate(columns))
     # Or XLA would store the exponentials class by class, and add them for each use.
-    return m, own - m, total(taken_once(sum(others)), axes) / UNIT
+    return m, own - m, total(_once(sum(others)), axes) / UNIT
 
 
 def _winner_sums_on_cpu(axes, z):
