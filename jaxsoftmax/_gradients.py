@@ -17,8 +17,8 @@ from jaxtyping import PRNGKeyArray
 
 from ._comparison import GradientComparison, GradientRow, usual_ulps
 from ._differences import Contradiction, Verdict, are_few, judge
-from ._linearity import LinearityTests, slack
-from ._rules import Removal, coarsest, filled, is_array, refuse_uncallable
+from ._linearity import LinearityTests
+from ._rules import Removal, coarsest, filled, is_array, is_inexact, refuse_uncallable
 
 try:
     from tqdm import tqdm
@@ -149,9 +149,16 @@ def compare_gradients(
         if _any_wrong(custom, results, limits):
             results = _with_noise(task, program, cotangents, results)
             limits = _limits(custom, results)
-        if given is None and (everywhere or _any_disputed(custom, limits)):
+        disputed = [
+            limit.disputed | everywhere
+            for c, limit in zip(custom, limits, strict=True)
+            if c.kind == "gradient"
+        ]
+        if given is None and any(mask.any() for mask in disputed):
             step("differences")
-            results = _judged(task, function, own, cotangents, custom, results, limits, everywhere, notes)
+            results = _judged(
+                task, function, own, cotangents, custom, results, disputed, everywhere, notes
+            )
             limits = _limits(custom, results)
     rows = tuple(map(_row, custom, results, limits))
     return GradientComparison(
@@ -179,7 +186,7 @@ class _Task:
                     "grad and vmap"
                 )
         wanted = [i for i, (path, _) in enumerate(flat) if path[0].idx in chosen]
-        self._at = [i for i in wanted if _is_inexact(self._leaves[i])]
+        self._at = [i for i in wanted if _has_gradients(self._leaves[i])]
         if not self._at:
             where = "args" if argnums is None else f"the arguments of argnums {argnums}"
             raise ValueError(f"{where} must hold a floating-point array to differentiate in, found none")
@@ -463,12 +470,9 @@ def _with_noise(task, program, cotangents, results) -> list[Any]:
     return results
 
 
-def _judged(task, function, own, cotangents, custom, results, limits, everywhere, notes) -> list[Any]:
+def _judged(task, function, own, cotangents, custom, results, disputed, everywhere, notes) -> list[Any]:
     """The results, with gradients that differences confirm where plain autodiff is no judge."""
     at = [i for i, c in enumerate(custom) if c.kind == "gradient"]
-    disputed = [limits[i].disputed | everywhere for i in at]
-    if not any(mask.any() for mask in disputed):
-        return results
     # Plain autodiff that is wrong somewhere may be so elsewhere, where the rule says the same.
     whole = [mask | mask.any() for mask in disputed]
     disputed = whole if are_few(whole) else disputed
@@ -556,12 +560,6 @@ def _limits(custom, results) -> list[_Limit]:
     return limits
 
 
-def _any_disputed(custom, limits) -> bool:
-    """Whether any entry of a gradient is not right by its truth."""
-    pairs = zip(custom, limits, strict=True)
-    return any(limit.disputed.any() for c, limit in pairs if c.kind == "gradient")
-
-
 def _any_wrong(custom, results, limits) -> bool:
     """Whether any result is not right by its truth."""
     return any(limit.disputed.any() for limit in limits) or not all(
@@ -639,9 +637,9 @@ def _is_linear(custom, result, limit) -> bool:
     if custom.multiple is None:
         return True
     about, once = jnp.finfo(custom.dtype), custom.result
-    rounding = slack(custom.dtype)
+    slack = 4 * usual_ulps(custom.dtype) * float(about.eps)
     if not np.isfinite(result.reference).any():
-        rounding = max(rounding, 2.0**-9)  # It may go on until something is small.
+        slack = max(slack, 2.0**-9)  # It may go on until something is small.
     noise = 8 * limit.off * limit.ulp if math.isfinite(limit.off) else 0.0
     noise += max(float(about.smallest_subnormal), 2.0**-126)
     tests = [(custom.multiple, custom.factor * once, abs(custom.factor))]
@@ -649,7 +647,7 @@ def _is_linear(custom, result, limit) -> bool:
     for found, expected, times in tests:
         known = np.isfinite(once) & (np.abs(expected) <= float(about.max))
         off = np.where(known, _distance(found, expected), 0)
-        if np.any(off > rounding * max(map(_largest, [expected, *custom.parts])) + times * noise):
+        if np.any(off > slack * max(map(_largest, [expected, *custom.parts])) + times * noise):
             return False
     return True
 
@@ -833,8 +831,6 @@ def _argument_names(function: Callable[..., Any], count: int) -> list[str]:
     return names[:count] + [f"args[{i}]" for i in range(len(names), count)]
 
 
-def _is_inexact(leaf: Any) -> bool:
+def _has_gradients(leaf: Any) -> bool:
     """Whether it has gradients: a real or complex floating-point array or number."""
-    if isinstance(leaf, float | complex):
-        return True
-    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return isinstance(leaf, float | complex) or is_inexact(leaf)

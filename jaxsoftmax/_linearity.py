@@ -12,7 +12,7 @@ from jax.extend import linear_util
 from jax.extend.core import primitives
 
 from ._comparison import usual_ulps
-from ._rules import HOLDERS, Rewriting, is_array
+from ._rules import HOLDERS, Rewriting, is_inexact
 
 # What JAX itself has a derivative for, which is linear. Other operations may have rules of their own.
 _KNOWN = {value.name for value in vars(primitives).values() if isinstance(value, jax_core.Primitive)}
@@ -48,7 +48,7 @@ def _linear_or_nan(backward: Callable[..., Any], outputs: int, *arguments: Any) 
     """A backward rule's gradients, of which those that are not linear in its cotangents are NaN."""
     first = len(arguments) - outputs
     residuals, cotangents = arguments[:first], arguments[first:]
-    numbers = [c for c in cotangents if _is_number(c)]
+    numbers = [c for c in cotangents if is_inexact(c)]
     if not numbers:
         return backward(*arguments)
     # Many digits show what rounds one number.
@@ -56,7 +56,7 @@ def _linear_or_nan(backward: Callable[..., Any], outputs: int, *arguments: Any) 
     factor = float(np.real(np.asarray(-50.3, narrowest)))
 
     def run(part):
-        parts = [part(i, c) if _is_number(c) else c for i, c in enumerate(cotangents)]
+        parts = [part(i, c) if is_inexact(c) else c for i, c in enumerate(cotangents)]
         return backward(*residuals, *parts)
 
     def gradients_of(result):
@@ -68,28 +68,19 @@ def _linear_or_nan(backward: Callable[..., Any], outputs: int, *arguments: Any) 
     result = run(lambda _, c: c)
 
     def tested(gradient, some, rest):
-        if not _is_number(gradient):
+        if not is_inexact(gradient):
             return gradient
         whole = factor * gradient
         largest = jnp.max(jnp.abs(some) + jnp.abs(rest) + jnp.abs(whole), initial=0) / 2
-        # What fails here is tested once more, so rounding gets a quarter of what it may have there.
-        is_linear = jnp.abs(some + rest - whole) <= slack(gradient.dtype) / 4 * largest
+        rounding = usual_ulps(gradient.dtype) * float(jnp.finfo(gradient.dtype).eps) * largest
+        is_linear = jnp.abs(some + rest - whole) <= rounding
         return jnp.where(is_linear & jnp.isfinite(largest), gradient, jnp.nan)
 
     gradients = list(map(tested, gradients_of(result), some, rest))
     return (gradients, *result[1:]) if isinstance(result, tuple) else gradients
 
 
-def slack(dtype: Any) -> float:
-    """How far from linear rounding may be, over the largest entry."""
-    return 4 * usual_ulps(dtype) * float(jnp.finfo(dtype).eps)
-
-
 def _are_some(i, c):
     """Every other entry of output i, beginning with the first output's first."""
     at = (jax.lax.broadcasted_iota(np.int32, c.shape, axis) for axis in range(c.ndim))
     return sum(at, i) % 2 == 0
-
-
-def _is_number(c):
-    return is_array(c) and jnp.issubdtype(c.dtype, jnp.inexact)

@@ -288,6 +288,11 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
+def is_inexact(leaf: Any) -> bool:
+    """Whether it is an array of real or complex floating-point numbers."""
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
 def refuse_uncallable(**functions: Any) -> None:
     """Raises `TypeError` for what cannot be called."""
     for name, function in functions.items():
