@@ -4,6 +4,7 @@ XLA's compiler for CPUs and those for accelerators want different programs for t
 here side by side, and which of them runs is settled when a program is lowered for its platform.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -300,8 +301,12 @@ def sum_of_all_but(
     """The sum over each row without the value at `index`."""
 
     def on_cpu(values, index):
-        _, is_other = _is_other(values, index, pick(values, index))
-        return jnp.sum(values * is_other, axis=-1, keepdims=True)
+        def others(values, first, index, own):
+            _, is_other = _is_other(values, index - first, own)
+            return values * is_other
+
+        terms = lambda values, *_: values  # noqa: E731
+        return _sum_without(terms, others, values, index, pick(values, index))
 
     def elsewhere(values, index):
         return jnp.sum(jnp.where(is_class(values, index), 0, values), axis=-1, keepdims=True)
@@ -508,12 +513,17 @@ def _distance_unless_0(z, m, t):
 
 
 def _winner_elsewhere(axes, values):
-    number = jnp.argmax(values, axis=-1, keepdims=True).astype(jnp.int32) + first_class(values, axes)
+    number = jnp.argmax(values, axis=-1, keepdims=True).astype(jnp.int32)
+    return _of_all_devices(axes, values, number, jnp.max(values, axis=-1, keepdims=True))[0]
+
+
+def _of_all_devices(axes, values, number, of_device):
+    """The first class with the largest value of all devices, and the value, from each one's own."""
+    m = largest(of_device, axes)
+    number += first_class(values, axes)
     if not axes:
-        return number
-    of_device = jnp.max(values, axis=-1, keepdims=True)
-    is_here = of_device == largest(of_device, axes)
-    return smallest(jnp.where(is_here, number, class_count(values, axes) - 1), axes)
+        return number, m
+    return smallest(jnp.where(of_device == m, number, class_count(values, axes) - 1), axes), m
 
 
 # CPUs: a pass each for the maximum, the sum, and the winner. XLA runs a reduction, and what it reduces,
@@ -536,18 +546,23 @@ def _sums_on_cpu(axes, z, index, of_winner=None):
         return _sums_of_columns(axes, z, index, of_winner)
     own, m = of_winner or _references(axes, z, index)
 
-    def others(z, first, low, index):
+    def terms(z, _, low):
+        if of_winner:
+            return _exponentials(z, low)
+        (low,) = _for_itself(low)
+        return jnp.exp(_settled(z, low) - low)
+
+    def others(z, first, index, low):
         # The smaller of a distance and e_k: 0 for the class at index, e_k for all others.
         low, before = _places_before(z, index - first, low, 2.0**100)
-        e = _exponentials(z, low) if of_winner else jnp.exp(_settled(z, low) - low)
-        return jnp.minimum(jnp.abs(before), e)
+        return jnp.minimum(jnp.abs(before), terms(z, first, low))
 
     # Where the class at index leads, the others' sum may be small. Measured from so far below, none that
     # counts beside 10⁻³⁸ underflows, and differences are rounded to 8 eps at most. Squares lose
     # less, and take 1.15 of the time of a cost alone; of a log-softmax 1.07 to 1.14 at 4,096 classes.
     low = m if of_winner else m - jnp.where(own == m, 31, 0)
     unit = 1 / UNIT if of_winner else jnp.exp(low - m)
-    sums = _reduce_row(jnp.sum, others, z, low, index)
+    sums = _sum_without(terms, others, z, index, low)
     # In place of NaN, XLA's passes may take the distance.
     return m, own - m, unit * total(jnp.where(sums < 2.0**90, sums, jnp.nan), axes)
 
@@ -675,15 +690,35 @@ def _reduce_row(reduce, terms, z, *columns):
     `first` is the number of a part's first class. Two reductions one after the other round less, and take
     a fifth of the time of one at 131,072 classes.
     """
-    classes = z.shape[-1]
-    length = 0 if is_sharded(z) or known_size(classes) <= 4096 else _part_length(classes)
+    length = _part_length(z)
+    if length:
+        return reduce(_of_parts(reduce, terms, length, z, *columns), axis=-1, keepdims=True)
+    row, *columns = (z, *columns) if z.dtype.itemsize >= 4 else _barrier((z, *columns))
+    reduced = reduce(terms(row, 0, *columns), axis=-1, keepdims=True)
+    # Or XLA would make one reduction of this and a later one over all rows, on JAX 0.12 in 2 to 4
+    # times the time at 1,000 classes and more.
+    return reduced if known_size(z.shape[-1]) <= FEW else _barrier(reduced)
+
+
+def _sum_without(terms, others, z, index, *columns):
+    """The sum over each row of `terms(z, first, *columns)` without the one at `index`.
+
+    `others(z, first, index, *columns)` are the same terms, but 0 there. Only that class's part of a long
+    row goes through them: `terms` alone take 0.6 to 0.75 of their time.
+    """
+    length = _short_length(z)
     if not length:
-        row, *columns = (z, *columns) if z.dtype.itemsize >= 4 else _barrier((z, *columns))
-        reduced = reduce(terms(row, 0, *columns), axis=-1, keepdims=True)
-        # Or XLA would make one reduction of this and a later one over all rows, on JAX 0.12 in 2 to 4
-        # times the time at 1,000 classes and more.
-        return reduced if known_size(classes) <= FEW else _barrier(reduced)
-    # Without the barriers the compiler would form the terms first, and make one reduction of two.
+        return _reduce_row(jnp.sum, others, z, index, *columns)
+    number = index // length
+    of_parts = _of_parts(jnp.sum, terms, length, z, *columns)
+    of_own = _reduce_row(jnp.sum, others, _part(z, length, number), index - length * number, *columns)
+    return jnp.sum(jnp.where(is_class(of_parts, number), of_own, of_parts), axis=-1, keepdims=True)
+
+
+def _of_parts(reduce, terms, length, z, *columns):
+    """The reduction over each part of each row."""
+    classes = z.shape[-1]
+    # Behind a barrier, or the compiler would form the terms first.
     part, *columns = _barrier(
         [
             each.reshape(*each.shape[:-1], -1, length) if each.shape[-1] == classes else each[..., None]
@@ -691,19 +726,33 @@ def _reduce_row(reduce, terms, z, *columns):
         ]
     )
     first = across(length * jnp.arange(classes // length, dtype=jnp.int32)[:, None], part.ndim)
-    of_parts = reduce(terms(part, first, *columns), axis=-1)
-    return reduce(_barrier(of_parts), axis=-1, keepdims=True)
+    # Through a selection, or XLA's library would make one pass of this reduction and the next, which at
+    # some sizes, of 2²⁵ logits and more, stores all terms: ten times the time.
+    return rounded(reduce(terms(part, first, *columns), axis=-1))
+
+
+def _part(z, length, number):
+    """The part of that number of each row, or the nearest."""
+    parts = _barrier(z.reshape(*z.shape[:-1], -1, length))
+    return jnp.take_along_axis(parts, number[..., None], axis=-2, mode="clip")[..., 0, :]
+
+
+def _short_length(z):
+    """Of parts of which one is gone through twice; 0 for one part, and where a gather is dear."""
+    return _part_length(z, max(128, min(known_size(z.shape[-1]) // 64, 512))) if is_local() else 0
+
+
+def _part_length(z, best=4096):
+    """Of the parts of a long row, the nearest to the best; 0 for one part."""
+    classes = known_size(z.shape[-1])
+    lengths = range(64, 4097) if classes > 4096 and not is_sharded(z) else ()
+    fitting = (length for length in lengths if classes % length == 0)
+    # Parts must not cross the boundary between two devices' classes, whose number is mostly a power of
+    # two, such as 16.
+    return max(fitting, key=lambda n: (math.gcd(classes // n, 16), -abs(n - best)), default=0)
 
 
 _barrier = jax.lax.optimization_barrier
-
-
-def _part_length(classes):
-    """Of the parts of a row of so many classes; 0 for one part."""
-    # Parts must not cross the boundary between two devices' classes, whose number is mostly a power of
-    # two: the number of parts keeps the most factors of two, then the parts the most classes.
-    lengths = [length for length in range(1024, 4097) if classes % length == 0]
-    return max(lengths, key=lambda n: ((classes // n) & -(classes // n), n), default=0)
 
 
 def _set_zero(in_place, e, index):
@@ -807,6 +856,13 @@ def _winner_on_cpu(axes, values):
 def _first_largest(axes, values):
     """The number of the first class with the largest value, and the value."""
     dtype, count = arithmetic_dtype(values.dtype), class_count(values, axes)
+    length = _short_length(values)
+    if length:
+        of_parts = _of_parts(jnp.max, lambda values, _: values, length, values)
+        part = jnp.argmax(of_parts, axis=-1, keepdims=True)
+        number = length * part + jnp.argmax(_part(values, length, part), axis=-1, keepdims=True)
+        m = jnp.max(of_parts, axis=-1, keepdims=True).astype(dtype)
+        return _of_all_devices(axes, values, number.astype(jnp.int32), m)
     if known_size(count) > MOST_FLOATS:
         return _winner_elsewhere(axes, values), _maximum(axes, values)
     # In units of which all classes together make 1, less than the smallest difference times `much`.
