@@ -18,6 +18,7 @@ from ._mesh import spread, varying
 from ._rows import by_processor, taken_once
 
 ONE_BLOCK = 2**20  # So few logits are one block.
+FIRST = 512  # Rows that begin a sum over several parts on an accelerator.
 CHUNK = 2**19  # The most numbers of the weights' gradient that one product on a CPU adds to.
 
 
@@ -157,22 +158,22 @@ def _has_units(dtype):
     return jnp.finfo(dtype).maxexp < jnp.finfo(jnp.float32).maxexp
 
 
-def _in_turn(step, carry, rows, size, is_first_apart):
+def _in_turn(step, carry, rows, size, is_first_apart, done=0):
     """`step(carry, start, block)` for every block of rows: what it carries, and gives for each row.
 
-    A loop, and the first block or the last, which may be shorter, apart.
+    A loop, and the first block or the last, which may be shorter, apart. Rows that are done are left out.
     """
-    count = jax.tree.leaves(rows)[0].shape[0]
+    count = jax.tree.leaves(rows)[0].shape[0] - done
     if known_size(count) <= size:
-        return step(carry, 0, rows)
+        return step(carry, done, jax.tree.map(lambda a: a[done:], rows))
     looped = (count - 1) // size
     others = count - looped * size
     # No loop for one round: XLA on the CPU cannot run narrow products from one that it has unrolled.
     scan = partial(jax.lax.scan, xs=jnp.arange(looped), unroll=looped == 1)
 
     def block(carry, start, length):
-        own = jax.tree.map(partial(_some_rows, is_first_apart, start, length), rows)
-        return step(carry, start, own)
+        own = jax.tree.map(partial(_some_rows, is_first_apart, done + start, length), rows)
+        return step(carry, done + start, own)
 
     if is_first_apart:
         # The results are carried, or the first block and the loop would be formed at the same time.
@@ -236,7 +237,7 @@ class _Way(NamedTuple):
 
 def _gradients(way, step, block_size, share, is_whole, x, layer, shared, rows, cotangent):
     (count, features), classes = x.shape, layer.weights.shape[1]
-    part, size = _sizes(way, known_size(count), features, classes, x.dtype, block_size, share)
+    few, part, size = _sizes(way, known_size(count), features, classes, x.dtype, block_size, share)
     if way.is_first_apart and block_size is None and size <= 2 and count % 2:
         # XLA on the CPU makes no product of one row, but forms its D twice: four arrays for one.
         more = jax.tree.map(
@@ -272,14 +273,15 @@ def _gradients(way, step, block_size, share, is_whole, x, layer, shared, rows, c
 
     # One buffer for all parts. It is not filled first: that would be a pass over it.
     kept = None if size >= part else spread(jax.lax.empty((part, classes), x.dtype), varying(x))
-    total = None
-    if not (has_one_part or way.is_first_apart):
-        # Behind a barrier, or the sum would begin with a selection between it and 0, no longer in place.
-        total = _zeros_like(spread(layer, varying(x))), _zeros_like(shared.free)
-        kept, total = _apart((kept, total))
-    carry, (results, d_rows, d_x) = _in_turn(
-        of_part, (kept, total), (x, rows, cotangent), part, way.is_first_apart
-    )
+    carry, of_few, all_rows = (kept, None), None, (x, rows, cotangent)
+    if few:
+        # They begin the sum: zeros would be a pass over it, and a part's logits be held beside others.
+        (_, total), of_few = of_part((None, None), 0, jax.tree.map(lambda a: a[:few], all_rows))
+        carry = kept, total
+    carry, of_parts = _in_turn(of_part, carry, all_rows, part, way.is_first_apart, few)
+    if of_few is not None:
+        of_parts = jax.tree.map(lambda one, many: jnp.concatenate([one, many]), of_few, of_parts)
+    results, d_rows, d_x = of_parts
     d_layer, d_shared = carry[1]
     d_w = d_layer.weights.astype(d_w_dtype)
     gradients = d_x, d_layer._replace(weights=d_w), Given(d_shared, None), Given(d_rows, None)
@@ -428,18 +430,20 @@ def _rows_alone_elsewhere(rows, classes, share):
 
 
 def _sizes(way, rows, features, classes, dtype, block_size, share):
-    """Rows in a part, and rows in a block of it."""
+    """Rows before the first of several parts, in a part, and in a block of it."""
     size = block_size or way.rows(rows, classes, share)
     if not way.keeps or rows == 0:
-        return size, size
+        return 0, size, size
     # D in the features' dtype against the accumulator in four bytes. A block with a unit is a part.
     most = 0 if _has_units(dtype) else 4 * features // jnp.dtype(dtype).itemsize
     most = max(size, most)
+    few = max(1, min(FIRST, size // 2)) if rows > most else 0
+    rows -= few
     part = -(-rows // -(-rows // most))
     part = min(-(-part // 128) * 128, most) if part > 128 else part
     if block_size is None and part * classes <= 2**27:
         size = part
-    return part, min(size, part)
+    return few, part, min(size, part)
 
 
 def _by_features_elsewhere(d_z, weights, unit, dtype):
