@@ -637,20 +637,32 @@ def _row_cost_fwd(plan, logits, labels):
 def _row_cost_bwd(plan, residuals, cotangents):
     axes, *_ = plan
     row, kept, cost, labels, of_targets = residuals
+    sums = row.sums
     d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in whole(cotangents[:3], axes))
-    sound = jnp.isfinite(cost)[..., None] & _is_positive(row.sums.total)
+    sound = jnp.isfinite(cost)[..., None] & _is_positive(sums.total)
     ignored = (d_cost == 0) & (d_log_sum == 0) & ~sound
     d_cost = _unless_nowhere(labels, d_cost)
+    a, missing = share(sums.own, sums.others), share(sums.others, sums.own)
+    # An integer label's own class, where t is 1, is set apart below.
+    others, own = of_targets or (1, 0)
+    factor = d_cost * (others + own) + d_log_sum
+    at_winner = d_cost * (a * others - missing * own) + d_log_sum * a
     if kept is None:
-        a = row.probabilities
+        gradient = factor * row.probabilities
     else:
-        a = _scaled_shares(axes, kept, row.sums, jnp.ones_like(row.sums.total))
-        a = jnp.where(is_class(a, row.sums.number), share(row.sums.own, row.sums.others), a)
-    gradient = d_cost * log_likelihood_gradient(row, a, labels, axes, of_targets)
-    gradient = jnp.where(ignored, 0, gradient + d_log_sum * a)
-    if not _is_probability(labels):
-        return gradient, None
-    return gradient, jnp.where(ignored, 0, d_cost * _surprise(row, labels))
+        gradient = _scaled_shares(axes, kept, sums, factor)
+    if _is_probability(labels):
+        gradient = jnp.where(is_class(gradient, sums.number), at_winner, gradient - d_cost * labels)
+        d_labels = d_cost * _surprise(row, labels)
+        return jnp.where(ignored, 0, gradient), jnp.where(ignored, 0, d_labels)
+    gradient = jnp.where(is_class(gradient, sums.number), at_winner, gradient)
+    # Of no class but the winner a may be more than ½, so of no other a − 1 loses anything.
+    is_winner, of_label = _is_winner(axes, row, labels), jnp.exp(-cost)[..., None]
+    at_label = jnp.where(
+        is_winner, d_log_sum * a - d_cost * missing, d_log_sum * of_label + d_cost * (of_label - 1)
+    )
+    gradient = jnp.where(is_class(gradient, _number(labels, gradient, axes)), at_label, gradient)
+    return jnp.where(ignored, 0, gradient), None
 
 
 _row_cost.defvjp(_row_cost_fwd, _row_cost_bwd)
