@@ -276,8 +276,10 @@ def _gradients(way, step, block_size, share, is_whole, x, layer, shared, rows, c
     carry, of_few, all_rows = (kept, None), None, (x, rows, cotangent)
     if few:
         # They begin the sum: zeros would be a pass over it, and a part's logits be held beside others.
-        (_, total), of_few = of_part((None, None), 0, jax.tree.map(lambda a: a[:few], all_rows))
-        carry = kept, total
+        carry, of_few = of_part(carry, 0, jax.tree.map(lambda a: a[:few], all_rows))
+    elif not (has_one_part or way.is_first_apart):
+        # Behind a barrier, or the sum would begin with a selection between it and 0, no longer in place.
+        carry = _apart((kept, (_zeros_like(spread(layer, varying(x))), _zeros_like(shared.free))))
     carry, of_parts = _in_turn(of_part, carry, all_rows, part, way.is_first_apart, few)
     if of_few is not None:
         of_parts = jax.tree.map(lambda one, many: jnp.concatenate([one, many]), of_few, of_parts)
@@ -437,7 +439,9 @@ def _sizes(way, rows, features, classes, dtype, block_size, share):
     # D in the features' dtype against the accumulator in four bytes. A block with a unit is a part.
     most = 0 if _has_units(dtype) else 4 * features // jnp.dtype(dtype).itemsize
     most = max(size, most)
-    few = max(1, min(FIRST, size // 2)) if rows > most else 0
+    # Where parts have several blocks, the products of so few rows would take longer than zeros on v6e.
+    is_one_block = block_size is None and most * classes <= 2**27
+    few = min(FIRST, size // 2) if is_one_block and rows > most else 0
     rows -= few
     part = -(-rows // -(-rows // most))
     part = min(-(-part // 128) * 128, most) if part > 128 else part

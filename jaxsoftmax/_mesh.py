@@ -136,10 +136,10 @@ def is_sharded(array: Array) -> bool:
     return any(axis is not None for axis in jax.typeof(array).sharding.spec)
 
 
-def is_local() -> bool:
-    """Whether no array here is spread over axes that the compiler handles by itself."""
+def is_local(array: Array) -> bool:
+    """Whether the array is spread over no axes that the compiler handles, as far as types tell."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not (set(mesh.axis_names) - set(mesh.manual_axes))
+    return not (set(mesh.axis_names) - set(mesh.manual_axes) or is_sharded(array))
 
 
 def class_numbers(values: Float[Array, "*batch classes"]) -> Integer[Array, "*batch classes"]:

@@ -70,7 +70,7 @@ def by_processor(
 
 def _of_rows(cpu, other, axes, z, *index):
     """What a way makes of rows. Long ones go in parts, on a TPU in others than elsewhere."""
-    is_long = is_local() and known_size(z.shape[-1]) * z.dtype.itemsize > MOST_BYTES
+    is_long = is_local(z) and known_size(z.shape[-1]) * z.dtype.itemsize > MOST_BYTES
     tpu = partial(other, axes, _slices, _reduced) if is_long else None
     reduced = partial(_reduced_in_parts, MOST_BYTES // z.dtype.itemsize) if is_long else _reduced
     return by_processor(partial(cpu, axes), partial(other, axes, _whole, reduced), z, *index, tpu=tpu)
@@ -542,7 +542,7 @@ MOST_FLOATS = 2**24  # classes that float32 can number. More are numbered by int
 
 def _sums_on_cpu(axes, z, index, of_winner=None):
     """The sums without the class at `index`: the winner, whose logit and maximum are told, or any."""
-    if known_size(z.shape[-1]) <= MOST_COLUMNS and is_local():
+    if 0 < known_size(z.shape[-1]) <= MOST_COLUMNS and is_local(z):
         return _sums_of_columns(axes, z, index, of_winner)
     own, m = of_winner or _references(axes, z, index)
 
@@ -742,7 +742,7 @@ def _part(z, length, number):
 
 def _short_length(z):
     """Of parts of which one is gone through twice; 0 for one part, and where a gather is dear."""
-    return _part_length(z, 256) if is_local() else 0
+    return _part_length(z, 256) if is_local(z) else 0
 
 
 def _part_length(z, best=4096):

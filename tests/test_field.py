@@ -160,8 +160,8 @@ def test_exports_with_symbolic_shapes():
     few, many = (jax.random.normal(jax.random.key(0), (5, classes)) for classes in (4, 200))
     labels = jnp.arange(5) % 4
     assert_exports(js.softmax, [(n, k)], (few,), (many,))
-    value_and_gradient = jax.value_and_grad(js.log_likelihood_cost)
-    assert_exports(value_and_gradient, [(n, k), (n,)], (few, labels), (many, labels))
+    for cost in (js.log_likelihood_cost, jax.value_and_grad(js.log_likelihood_cost)):
+        assert_exports(cost, [(n, k), (n,)], (few, labels), (many, labels))
     soft = [(z, jnp.full_like(z, 1 / z.shape[1])) for z in (few, many)]
     assert_exports(lambda z, y: js.log_likelihood_cost(z, y, label_smoothing=0.1), [(n, k)] * 2, *soft)
 

@@ -375,6 +375,17 @@ def test_head_on_a_mesh_of_both_kinds_of_axes():
     assert_close(actual, expected, ulps=8)
 
 
+@pytest.mark.parametrize("classes", [16, slow(32_000)])
+def test_logits_of_an_explicit_mesh_that_is_not_set(classes):
+    mesh = make_mesh((8,), AxisType.Explicit)
+    logits = random_logits((3, classes), 3, jnp.float32)
+    (spread,) = place_on(mesh, (logits,), (P(None, "data"),))
+    labels = jnp.array([0, 1, classes - 1])
+    (same,) = place_on(mesh, (labels,), (P(),))
+    for function in (js.log_likelihood_cost, lambda z, _: js.softmax(z), lambda z, _: js.log_softmax(z)):
+        assert_close(jax.jit(function)(spread, same), jax.jit(function)(logits, labels), ulps=4)
+
+
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.slow
