@@ -505,11 +505,15 @@ def log_likelihood_gradient(
         # Of no class but the winner a may be more than ½, so of no other a − 1 loses anything.
         missing = jnp.where(_is_winner(axes, row, labels), -share(row.sums.others, row.sums.own), a - 1)
         return jnp.where(is_class(a, _number(labels, a, axes)), missing, a)
+    of_targets = of_targets or _target_sums(axes, row, labels)
+    at_winner = _gradient_at_winner(row.sums, *of_targets)
+    return jnp.where(is_class(a, row.sums.number), at_winner, a * sum(of_targets) - labels)
+
+
+def _gradient_at_winner(sums, others, own):
+    """The same at the winner, of the sums of the targets."""
     # Only the winner's a may be more than ½, so only its a T is no better known than what is left of it.
-    index, sums = row.sums.number, row.sums
-    others, own = of_targets or _target_sums(axes, row, labels)
-    of_winner = share(sums.own, sums.others) * others - share(sums.others, sums.own) * own
-    return jnp.where(is_class(a, index), of_winner, a * (others + own) - labels)
+    return share(sums.own, sums.others) * others - share(sums.others, sums.own) * own
 
 
 def _number(labels, values, axes):
@@ -646,7 +650,7 @@ def _row_cost_bwd(plan, residuals, cotangents):
     # An integer label's own class, where t is 1, is set apart below.
     others, own = of_targets or (1, 0)
     factor = d_cost * (others + own) + d_log_sum
-    at_winner = d_cost * (a * others - missing * own) + d_log_sum * a
+    at_winner = d_cost * _gradient_at_winner(sums, others, own) + d_log_sum * a
     if kept is None:
         gradient = factor * row.probabilities
     else:

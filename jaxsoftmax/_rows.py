@@ -529,8 +529,8 @@ def _of_all_devices(axes, values, number, of_device):
 # CPUs: a pass each for the maximum, the sum, and the winner. XLA runs a reduction, and what it reduces,
 # as one pass over the logits that stores nothing, as long as everything between is arithmetic on rows and
 # columns. A comparison or a select there would store one more array of the logits' size, and take three
-# to five times as long. So classes are told apart by arithmetic on their numbers; or, in long rows, by the
-# part that they are in, of which alone a select stores little. There the winner takes no pass of its own.
+# to five times as long. So classes are told apart by arithmetic on their numbers; or, in long rows, by
+# the part they are in, of which alone a select stores little. There the winner takes no pass of its own.
 # For the gradient the exponentials are stored where it will stand: they are formed, summed and scaled in
 # its buffer, as in optax's loss, and one number in a row is set to 0 before the sum. To form them twice
 # and store nothing takes 1.2 to 1.9 times as long.
