@@ -431,7 +431,7 @@ class _Plan(NamedTuple):
 
         Formed labels take an array of their own. Statistics alone run no faster in larger blocks.
         """
-        return 0.75 if self.is_formed else 0.5 if self.step is _statistics else 1.0
+        return 0.75 if self.is_formed or self.step is _statistics else 1.0
 
 
 class _Layer(NamedTuple):
