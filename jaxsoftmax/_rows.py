@@ -631,6 +631,9 @@ def _shares_on_cpu(axes, in_place, z):
 
 
 def _ahead_on_cpu(values, own, index):
+    length = _short_length(values)
+    if length:
+        return _ahead_in_parts(values, own, index, length)
     dtype = arithmetic_dtype(values.dtype)
     unit, most = 1 / MOST_FLOATS, 2.0 ** (jnp.finfo(dtype).maxexp - 1)
 
@@ -644,6 +647,26 @@ def _ahead_on_cpu(values, own, index):
 
     units = _reduce_row(jnp.sum, ahead, values, own.astype(dtype), index)
     return (MOST_FLOATS * units).astype(jnp.int32)
+
+
+def _ahead_in_parts(values, own, index, length):
+    """The same of a long row, where only the class's own part has values before it and behind it.
+
+    Of a part behind it, those that are larger count; of one before it, all but the smaller ones.
+    """
+    dtype = arithmetic_dtype(values.dtype)
+    number, one = index // length, jnp.finfo(dtype).tiny  # No difference but 0 is smaller.
+    parts = across(jnp.arange(values.shape[-1] // length, dtype=index.dtype), index.ndim)
+    is_behind = parts > number
+    most, least = jnp.where(is_behind, one, 0).astype(dtype), jnp.where(is_behind, 0, -one).astype(dtype)
+
+    def ahead(values, _, own, most, least):
+        return jnp.maximum(jnp.minimum(_settled(values, own) - own, most), least)
+
+    ones = _of_parts(jnp.sum, ahead, length, values, own.astype(dtype), most, least) / one
+    of_parts = jnp.where(is_behind, 0, length) + ones.astype(jnp.int32)
+    of_own = _ahead_elsewhere(_part(values, length, number), own, index - length * number)
+    return jnp.sum(jnp.where(parts == number, of_own, of_parts), axis=-1, keepdims=True)
 
 
 def _behind_on_cpu(axes, z, index, m, low):
@@ -663,12 +686,12 @@ def _behind_in_kept_on_cpu(axes, kept, sums):
 
     def others(e, _, unit):
         # The class that the sums went without has 0 there, and so has what is too small to count.
-        return e * -jnp.log(jnp.maximum(e * unit, jnp.finfo(e.dtype).tiny))
+        return e * jnp.log(jnp.maximum(e * unit, jnp.finfo(e.dtype).tiny))
 
     # ln e_k, so that near classes keep their digits; or, where all others are far, ln (UNIT e_k), so that
     # none of them is too small.
     unit = jnp.where(sums.others < 1e-9, 1, 1 / UNIT).astype(kept.dtype)
-    behind = total(_reduce_row(jnp.sum, others, kept, unit), axes) / UNIT
+    behind = -total(_reduce_row(jnp.sum, others, kept, unit), axes) / UNIT
     return behind + jnp.log(UNIT * unit) * sums.others
 
 

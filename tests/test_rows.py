@@ -80,6 +80,21 @@ def test_long_rows_in_parts(classes):
 
 
 @pytest.mark.parametrize("classes", [4099, 4100, slow(8192), slow(50_257)])
+def test_rank_in_long_rows(classes):
+    ends = [-200, -1, 0, 1, classes - 2, classes - 1, classes]
+    index = np.array([*ends, 127, 128, 204, 205, classes // 2])
+    # Many are equal, some infinite, and all are in the last row.
+    z = np.random.default_rng(9).normal(size=(len(index), classes)).round(1)
+    z[:, ::7], z[:, 1::1000], z[-1] = -np.inf, 3e38, -3e38
+    own = np.take_along_axis(z, index[:, None].clip(0, classes - 1), axis=1)
+    is_before = np.arange(classes) < index[:, None]
+    expected = ((z > own) | (z == own) & is_before).sum(axis=1)
+    found = _rows.rank((), jnp.asarray(z, jnp.float32), jnp.asarray(index[:, None], jnp.int32))
+    finite = np.isfinite(own[:, 0])  # Of others any number will do.
+    np.testing.assert_array_equal(found[finite, 0], expected[finite])
+
+
+@pytest.mark.parametrize("classes", [4099, 4100, slow(8192), slow(50_257)])
 def test_the_winner_of_long_rows(classes):
     z = np.float32(np.random.default_rng(8).normal(size=(9, classes)))
     # The first of several that are equal: of one part, of two, of all; and one at each end.
