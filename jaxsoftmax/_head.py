@@ -201,9 +201,10 @@ def linear_log_likelihood_cost(
             on where the program runs.
 
             On a CPU, a block is a quarter of the rows, at least 64 and at most 128; of more than 1,024
-            rows it is an eighth. It has at most 2²⁴ logits, or two rows if these have more. Labels that
-            are formed in blocks take three quarters as many rows, `head_statistics` half as many, but
-            not fewer than make 2¹⁸ logits. Up to 4 rows are one block.
+            rows it is an eighth, but beyond 128 rows only as many as make 2²⁰ logits, or up to 480 that
+            make 5 · 2²⁰ at most. It has at most 2²⁴ logits, or two rows if these have more. Labels that
+            are formed in blocks, and `head_statistics`, take three quarters as many rows, but not fewer
+            than make 2¹⁸ logits. From 64 rows on it is a multiple of 16. Up to 4 rows are one block.
 
             Elsewhere, a block has about 2²⁶ logits, and 2²⁷ if that is all there are for one product. A
             value alone takes at most 512 rows at once from 16,384 classes on.

@@ -244,6 +244,18 @@ def test_a_block_takes_about_one_array(options, has_gradient, most):
     assert analysis.temp_size_in_bytes < most * block * classes * 4
 
 
+@pytest.mark.parametrize(("classes", "logits"), [(1000, 2**20), slow(8192, 5 * 2**20)])
+def test_default_blocks_of_many_rows_stay_small(classes, logits):
+    rows, features = 65_536, 8
+    shapes = (rows, features), (features, classes)
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    cost = lambda x, w, labels: js.linear_log_likelihood_cost(x, w, None, labels)  # noqa: E731
+    compiled = jax.jit(jax.value_and_grad(cost, (0, 1))).lower(x, w, labels).compile()
+    few = (rows + classes) * (features + 2)
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * (1.1 * logits + few)
+
+
 def products(function, *arguments):
     """Floating-point operations of the compiled function, in products of features and weights."""
     analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
