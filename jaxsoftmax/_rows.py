@@ -315,32 +315,36 @@ def sum_of_all_but(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def weighted_differences(
+def centred(
     axes: Axes,
     weights: Float[Array, "*batch classes"],
     values: Float[Array, "*batch classes"],
     index: Integer[Array, "*batch 1"],
-) -> Float[Array, "*batch 1"]:
-    """Σ_k w_k (v_k − v_i) of each row, with i = `index`."""
+) -> Float[Array, "*batch classes"]:
+    """v_k − v_i − Σ_j w_j (v_j − v_i) of each class k, with i = `index`: v_k less its mean by weights."""
 
     def on_cpu(w, v, own):
-        def differences(w, _, v, own):
+        def terms(w, _, v, own):
             return w * (_settled(v, own) - own)
 
-        return _reduce_row(jnp.sum, differences, w, v, own)
+        # Through a selection: what follows in one pass with the sum would be stored beside the weights.
+        return rounded(_reduce_row(jnp.sum, terms, w, v, own))
 
     def elsewhere(w, v, own):
         return jnp.sum(w * (rounded(v) - own), axis=-1, keepdims=True)
 
     own = rounded(pick(values, index, axes))
-    return total(by_processor(on_cpu, elsewhere, weights, values, own), axes)
+    mean = total(by_processor(on_cpu, elsewhere, weights, values, own), axes)
+    # Behind a barrier, or XLA on the CPU would store the difference that the sum takes, too.
+    return (rounded(values) - _barrier(own)) - mean
 
 
-@weighted_differences.defjvp
-def _weighted_differences_jvp(axes, primals, tangents):
+@centred.defjvp
+def _centred_jvp(axes, primals, tangents):
     (w, v, index), (d_w, d_v, _) = primals, tangents
-    slope = d_w * differences(axes, v, index) + w * differences(axes, d_v, index)
-    return weighted_differences(axes, *primals), sum_over_classes(slope, axes)
+    d_difference = differences(axes, d_v, index)
+    slope = d_w * differences(axes, v, index) + w * d_difference
+    return centred(axes, *primals), d_difference - sum_over_classes(slope, axes)
 
 
 def differences(

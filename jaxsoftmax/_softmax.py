@@ -23,6 +23,7 @@ from ._mesh import Axes, MeshAxis, first_class, spread_over
 from ._rows import (
     RowSums,
     bounded,
+    centred,
     differences,
     is_class,
     pick,
@@ -31,7 +32,6 @@ from ._rows import (
     sum_of_all_but,
     sum_over_classes,
     sums_without_winner,
-    weighted_differences,
     winner,
 )
 
@@ -301,7 +301,7 @@ def _softmax_bwd(axes, residuals, cotangent):
     a, leader = residuals
     c = cotangent.astype(a.dtype)
     # As `pull_back_softmax`, which is linear, and so can be transposed.
-    d_logits = a * (differences(axes, c, leader) - weighted_differences(axes, a, c, leader))
+    d_logits = a * centred(axes, a, c, leader)
     return (d_logits.astype(cotangent.dtype),)
 
 
