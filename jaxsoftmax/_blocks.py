@@ -230,7 +230,7 @@ class _Way(NamedTuple):
     rows_alone: Callable[[int, int, float], int]  # The same where no product follows the logits'.
     is_first_apart: bool  # Of the blocks, or the last.
     keeps: bool  # D of several blocks, which are a part then.
-    ones: int  # Rows of ones whose product with D is a sum; a TPU makes a sum of a product of one.
+    sum_of_rows: Callable[[Array], Array]  # The gradient by the bias; of D
     by_features: Callable[..., Array]  # unit D wᵀ; of D, w, unit, dtype
     plus_by_weights: Callable[..., Array]  # total + unit xᵀ D; of total or None, x, D, unit, dtype
 
@@ -260,13 +260,10 @@ def _gradients(way, step, block_size, share, is_whole, x, layer, shared, rows, c
         # A barrier, or the slice would be taken again inside each product, which then runs half as fast.
         own = _apart(own)
         kept, unit, d_shared, results = _of_blocks(step, size, kept, layer, shared, *own)
-        length = own[0].shape[0]
-        d_z = kept[:length]
+        d_z = kept[: own[0].shape[0]]
         d_x = way.by_features(d_z, layer.weights, unit, d_x_dtype)
         d_w = way.plus_by_weights(total and total[0].weights, own[0], d_z, unit, sum_dtype)
-        # As a product: a sum takes several times as long on a CPU, and ten times on a TPU.
-        ones = jnp.ones((way.ones, length), x.dtype)
-        d_b = None if layer.bias is None else _scaled(unit, _precisely(ones, d_z)[0])
+        d_b = None if layer.bias is None else _scaled(unit, way.sum_of_rows(d_z))
         if total:
             d_b, d_shared = jax.tree.map(jnp.add, (total[0].bias, total[1]), (d_b, d_shared))
         return (kept if size < part else None, (Affine(d_w, d_b), d_shared)), (*results, d_x)
@@ -387,7 +384,30 @@ def _plus_by_weights_on_cpu(total, x, d_z, unit, dtype):
     return jax.lax.fori_loop(0, -(-classes // width), add, total)
 
 
-CPU = _Way(_rows_on_cpu, _rows_on_cpu, True, False, 1, _by_features_on_cpu, _plus_by_weights_on_cpu)
+def _sums_few_rows(rows):
+    """Whether a product with ones sums them.
+
+    Of few rows and many classes XLA's own sum takes up to 50 times as long on JAX 0.10. Of more rows it
+    takes as long, and is right to 1 ulp where a product of 60,000 rows loses 50.
+    """
+    return known_size(rows) <= 512
+
+
+def _sum_of_rows_on_cpu(d_z):
+    if _sums_few_rows(d_z.shape[0]):
+        return _precisely(jnp.ones((1, d_z.shape[0]), d_z.dtype), d_z)[0]
+    return jnp.sum(d_z, axis=0, dtype=arithmetic_dtype(d_z.dtype))
+
+
+CPU = _Way(
+    _rows_on_cpu,
+    _rows_on_cpu,
+    True,
+    False,
+    _sum_of_rows_on_cpu,
+    _by_features_on_cpu,
+    _plus_by_weights_on_cpu,
+)
 
 
 def _logits_on_cpu(x, layer):
@@ -397,9 +417,11 @@ def _logits_on_cpu(x, layer):
     product = _product(x, _turned(weights) if known_size(x.shape[0]) >= 8 * weights.shape[1] else weights)
     if layer.bias is None:
         return product
-    # As a product, whose gradient is one too: XLA on the CPU sums rows several times as slowly.
-    ones = jnp.ones((product.shape[0], 1), product.dtype)
-    return product + _precisely(ones, layer.bias.astype(product.dtype)[None])
+    bias = layer.bias.astype(product.dtype)[None]
+    if not _sums_few_rows(product.shape[0]):
+        return product + bias
+    # As a product, whose gradient is one too.
+    return product + _precisely(jnp.ones((product.shape[0], 1), product.dtype), bias)
 
 
 # The weights themselves. Their gradient xᵀ D, a sum over many rows for few classes, is taken as the
@@ -459,6 +481,11 @@ def _sizes(way, rows, features, classes, dtype, block_size, share):
     return few, part, min(size, part)
 
 
+def _sum_of_rows_elsewhere(d_z):
+    # As a product: a sum takes ten times as long on a TPU, which makes one of a product of one row.
+    return _precisely(jnp.ones((8, d_z.shape[0]), d_z.dtype), d_z)[0]
+
+
 def _by_features_elsewhere(d_z, weights, unit, dtype):
     return _scaled(unit, _product(d_z, weights.T, dtype))
 
@@ -473,7 +500,7 @@ ACCELERATOR = _Way(
     _rows_alone_elsewhere,
     False,
     True,
-    8,
+    _sum_of_rows_elsewhere,
     _by_features_elsewhere,
     _plus_by_weights_elsewhere,
 )

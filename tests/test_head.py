@@ -244,6 +244,16 @@ def test_a_block_takes_about_one_array(options, has_gradient, most):
     assert analysis.temp_size_in_bytes < most * block * classes * 4
 
 
+@pytest.mark.parametrize(("rows", "classes"), [(60_000, 3), slow(30_000, 100)])
+def test_the_bias_gradient_of_many_rows(rows, classes):
+    labels = np.random.default_rng(3).integers(0, classes, rows)
+    labels[: rows // 4] = 0
+    x, w, b = jnp.zeros((rows, 2)), jnp.zeros((2, classes)), jnp.zeros(classes)
+    gradient = jax.grad(js.linear_log_likelihood_cost, 2)(x, w, b, labels)
+    exact = 1 / classes - np.bincount(labels) / rows
+    assert np.abs(gradient - exact).max() <= 2 * np.finfo(np.float32).eps * np.abs(exact).max()
+
+
 @pytest.mark.parametrize(("classes", "logits"), [(1000, 2**20), slow(8192, 5 * 2**20)])
 def test_default_blocks_of_many_rows_stay_small(classes, logits):
     rows, features = 65_536, 8
