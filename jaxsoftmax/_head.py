@@ -151,7 +151,7 @@ def linear_log_likelihood_cost(
 
     Equal to `log_likelihood_cost(features @ weights + bias, labels)`, and as exact. With x the features,
     w the weights, a the probabilities and y the targets, the gradient is a sum over blocks of rows, and
-    each block's logits are used and dropped. For targets with sum 1 (for others a is times their sum):
+    each block's logits are used and dropped. Targets whose sum is not 1 multiply a by it:
 
         ∂C/∂w = xᵀ (a − y)
         ∂C/∂b = Σ_n (a − y)

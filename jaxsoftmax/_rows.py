@@ -328,15 +328,15 @@ def centred(
             return w * (_settled(v, own) - own)
 
         # Through a selection: what follows in one pass with the sum would be stored beside the weights.
-        return rounded(_reduce_row(jnp.sum, terms, w, v, own))
+        # And behind a barrier, or the difference would be stored that both take.
+        return rounded(_reduce_row(jnp.sum, terms, w, v, own)), _barrier(own)
 
     def elsewhere(w, v, own):
-        return jnp.sum(w * (rounded(v) - own), axis=-1, keepdims=True)
+        return jnp.sum(w * (rounded(v) - own), axis=-1, keepdims=True), own
 
     own = rounded(pick(values, index, axes))
-    mean = total(by_processor(on_cpu, elsewhere, weights, values, own), axes)
-    # Behind a barrier, or XLA on the CPU would store the difference that the sum takes, too.
-    return (rounded(values) - _barrier(own)) - mean
+    mean, own = by_processor(on_cpu, elsewhere, weights, values, own)
+    return (rounded(values) - own) - total(mean, axes)
 
 
 @centred.defjvp
