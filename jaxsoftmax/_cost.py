@@ -49,7 +49,6 @@ from ._rows import (
     pick,
     rounded,
     scaled_exponentials,
-    sum_of_all_but,
     sum_over_classes,
     sums_and_kept,
     sums_without,
@@ -58,11 +57,15 @@ from ._rows import (
 )
 from ._softmax import (
     Row,
+    Split,
     as_spread_logits,
     custom_vjp_static_first,
+    pull_back_log_softmax,
     pull_back_softmax,
+    pulled_back_at_winner,
     row_of,
     share,
+    split_at_winner,
     without,
 )
 
@@ -481,39 +484,19 @@ def label_row(logits: Float[Array, "*batch classes"], labels: Array, axes: Axes 
     return row if _is_probability(labels) else row._replace(sums=_if_named(labels, row.sums))
 
 
-class TargetSums(NamedTuple):
-    """The sum of each row's targets but the winner's, and the winner's target."""
-
-    others: Float[Array, "*batch 1"]
-    own: Float[Array, "*batch 1"]
-
-
-def _target_sums(axes, row, targets):
-    number = row.sums.number
-    return TargetSums(sum_of_all_but(axes, targets, number), pick(targets, number, axes))
-
-
 def log_likelihood_gradient(
     row: Row,
     a: Float[Array, "*batch classes"],
     labels: Array,
     axes: Axes = (),
-    of_targets: TargetSums | None = None,
+    of_targets: Split | None = None,
 ) -> Float[Array, "*batch classes"]:
     """∂C/∂z_j = a_j T − y_j for each row, with T = Σ_k y_k and without its cancellation."""
     if not _is_probability(labels):
         # Of no class but the winner a may be more than ½, so of no other a − 1 loses anything.
         missing = jnp.where(_is_winner(axes, row, labels), -share(row.sums.others, row.sums.own), a - 1)
         return jnp.where(is_class(a, _number(labels, a, axes)), missing, a)
-    of_targets = of_targets or _target_sums(axes, row, labels)
-    at_winner = _gradient_at_winner(row.sums, *of_targets)
-    return jnp.where(is_class(a, row.sums.number), at_winner, a * sum(of_targets) - labels)
-
-
-def _gradient_at_winner(sums, others, own):
-    """The same at the winner, of the sums of the targets."""
-    # Only the winner's a may be more than ½, so only its a T is no better known than what is left of it.
-    return share(sums.own, sums.others) * others - share(sums.others, sums.own) * own
+    return -pull_back_log_softmax(row, a, labels, of_targets or split_at_winner(axes, row, labels))
 
 
 def _number(labels, values, axes):
@@ -613,7 +596,7 @@ class _RowResiduals(NamedTuple):
     kept: Array | None  # What the exponentials are made of, where they may take the logits' place.
     cost: Array
     labels: Array
-    of_targets: TargetSums | None
+    of_targets: Split | None
 
 
 def _row_cost_fwd(plan, logits, labels):
@@ -648,9 +631,9 @@ def _row_cost_bwd(plan, residuals, cotangents):
     d_cost = _unless_nowhere(labels, d_cost)
     a, missing = share(sums.own, sums.others), share(sums.others, sums.own)
     # An integer label's own class, where t is 1, is set apart below.
-    others, own = of_targets or (1, 0)
-    factor = d_cost * (others + own) + d_log_sum
-    at_winner = d_cost * _gradient_at_winner(sums, others, own) + d_log_sum * a
+    targets = of_targets or Split(jnp.ones_like(a), jnp.zeros_like(a))
+    factor = d_cost * sum(targets) + d_log_sum
+    at_winner = d_log_sum * a - d_cost * pulled_back_at_winner(sums, targets)
     if kept is None:
         gradient = factor * row.probabilities
     else:
@@ -683,7 +666,7 @@ def _cost_of(axes, row, labels, behind):
     """−Σ_k t_k ln a_k, or −ln a_y; and the targets' sums, None for an integer label."""
     if not _is_probability(labels):
         return _cost_of_class(axes, row, labels, behind), None
-    others, own = of_targets = _target_sums(axes, row, labels)
+    others, own = of_targets = split_at_winner(axes, row, labels)
     # −ln a_k is (m − z_k) + ln Σ e for all but the winner; 0 where t_k is 0.
     cost = behind + row.log_sum * others + row.surprise_of_winner * own
     impossible = (others + own > 0) & (row.sums.total == 0)
@@ -730,7 +713,7 @@ class _StatisticsResiduals(NamedTuple):
     mean_behind: Array  # d̄
     cost: Array | None
     labels: Array | None
-    of_targets: TargetSums | None
+    of_targets: Split | None
 
 
 def _row_statistics_fwd(axes, logits, labels):

@@ -19,7 +19,7 @@ from ._checks import (
     classes_last,
     with_hints,
 )
-from ._mesh import Axes, MeshAxis, first_class, spread_over
+from ._mesh import Axes, MeshAxis, spread_over
 from ._rows import (
     RowSums,
     bounded,
@@ -32,7 +32,6 @@ from ._rows import (
     sum_of_all_but,
     sum_over_classes,
     sums_without_winner,
-    winner,
 )
 
 
@@ -184,8 +183,9 @@ class Row(NamedTuple):
 
     @property
     def complements(self) -> Float[Array, "*batch classes"]:
-        """1 − a_k."""
-        return share(self._others, self._exponentials)
+        """1 − a_k. Only the winner's a may be more than ½, so no other loses anything."""
+        of_winner = share(self.sums.others, self.sums.own)
+        return jnp.where(self._is_winner, of_winner, 1 - self.probabilities)
 
     @property
     def log_sum(self) -> Float[Array, "*batch 1"]:
@@ -216,16 +216,6 @@ class Row(NamedTuple):
     @property
     def _wide(self):
         return rounded(self.logits.astype(self.sums.maximum.dtype))
-
-    @property
-    def _exponentials(self):
-        return jnp.where(self._is_winner, self.sums.own, jnp.exp(self._wide - self.sums.maximum))
-
-    @property
-    def _others(self):
-        """Σ_{j≠k} e_j for each class k."""
-        rest_without = self.sums.others + (self.sums.own - self._exponentials)
-        return jnp.where(self._is_winner, self.sums.others, rest_without)
 
 
 def row_of(axes: Axes, logits: Float[Array, "*batch classes"]) -> Row:
@@ -261,15 +251,31 @@ def pull_back_softmax(
     return a * (relative - sum_over_classes(a * relative, axes))
 
 
-def sum_of_others(
-    values: Float[Array, "*batch classes"], axes: Axes = ()
+class Split(NamedTuple):
+    """The sum of a row's values, one for each class, but the winner's; and the winner's."""
+
+    others: Float[Array, "*batch 1"]
+    own: Float[Array, "*batch 1"]
+
+
+def split_at_winner(axes: Axes, row: Row, values: Float[Array, "*batch classes"]) -> Split:
+    """The values' sum in two."""
+    number = row.sums.number
+    return Split(sum_of_all_but(axes, values, number), pick(values, number, axes))
+
+
+def pull_back_log_softmax(
+    row: Row, a: Float[Array, "*batch classes"], cotangent: Float[Array, "*batch classes"], split: Split
 ) -> Float[Array, "*batch classes"]:
-    """Σ_{k≠j} v_k for each class j, which Σ_k v_k − v_j would lose where v_j is nearly all of it."""
-    largest = winner(axes, jnp.abs(values)) - first_class(values, axes)
-    rest = sum_of_all_but(axes, values, largest)
-    # All others but the largest, and the largest where the class is another.
-    rest_without = (rest - values) + pick(values, largest, axes)
-    return jnp.where(is_class(values, largest), rest, rest_without)
+    """A cotangent of ln a as one of the logits: c_j − a_j Σ_k c_k = c_j (1 − a_j) − a_j Σ_{k≠j} c_k."""
+    # Only the winner's a may be more than ½, so only its c_j may be lost in a_j Σ_k c_k.
+    of_others = cotangent - a * sum(split)
+    return jnp.where(is_class(a, row.sums.number), pulled_back_at_winner(row.sums, split), of_others)
+
+
+def pulled_back_at_winner(sums: RowSums, split: Split) -> Float[Array, "*batch 1"]:
+    """The same at the winner."""
+    return split.own * share(sums.others, sums.own) - share(sums.own, sums.others) * split.others
 
 
 def without(exists: Array | None, logits: Float[Array, "..."]) -> Array:
@@ -331,10 +337,9 @@ def _log_softmax_fwd(axes, logits):
     return -row.surprises.astype(logits.dtype), row
 
 
-# ∂ ln a_k/∂z_j = δ_jk − a_j, so a cotangent c gives c_j (1 − a_j) − a_j Σ_{k≠j} c_k.
 def _log_softmax_bwd(axes, row, cotangent):
     c = cotangent.astype(row.sums.maximum.dtype)
-    d_logits = c * row.complements - row.probabilities * sum_of_others(c, axes)
+    d_logits = pull_back_log_softmax(row, row.probabilities, c, split_at_winner(axes, row, c))
     return (d_logits.astype(cotangent.dtype),)
 
 
