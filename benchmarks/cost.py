@@ -1,8 +1,8 @@
-"""The log-likelihood cost against its inexact peers: time and temporary memory.
+"""The log-likelihood cost, softmax and log_softmax against their inexact peers: time and memory.
 
-Value-and-gradient and value alone, for integer labels. JAX functions run interleaved in one process;
-PyTorch, where it is installed, in one of its own. Ratios of medians: below 1 this library is faster.
-Saves cost.md and cost.png beside this file.
+The cost's value-and-gradient and value alone, for integer labels; softmax and log_softmax, and each of
+them pulled back. JAX functions run interleaved in one process; PyTorch, where it is installed, in one of
+its own. Ratios of medians: below 1 this library is faster. Saves cost.md and cost.png beside this file.
 """
 
 import json
@@ -60,9 +60,9 @@ def numbers(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return generator.normal(size=shape) * 3, generator.integers(0, shape[1], shape[0])
 
 
-def repeats(shape: tuple[int, int]) -> int:
+def repeats(size: int) -> int:
     """Enough for a steady median in a few seconds."""
-    return max(15, min(500, int(1e9 / np.prod(shape))))
+    return max(15, min(500, int(1e9 / size)))
 
 
 def medians(functions: dict[str, Callable[[], object]], count: int) -> dict[str, float]:
@@ -78,22 +78,57 @@ def medians(functions: dict[str, Callable[[], object]], count: int) -> dict[str,
     return {name: float(np.median(taken[2:])) for name, taken in times.items()}
 
 
-def in_jax(shape: tuple[int, int], dtype: str, gradient: bool) -> tuple[dict[str, float], float]:
+def of_costs(shape: tuple[int, int], dtype: str, gradient: bool) -> tuple[dict[str, float], float]:
     """Median seconds of each cost and of a copy, and our temporary bytes over the logits' bytes."""
     z, labels = numbers(shape)
-    arguments = jnp.asarray(z, dtype), jnp.asarray(labels, jnp.int32)
     transform = jax.value_and_grad if gradient else lambda cost: cost
-    compiled = {
-        name: jax.jit(function).lower(*arguments).compile()
-        for name, function in {**{n: transform(c) for n, c in COSTS.items()}, "copy": copy}.items()
-    }
-    analysis = compiled["jaxsoftmax"].memory_analysis()
+    functions = {**{name: transform(cost) for name, cost in COSTS.items()}, "copy": copy}
+    return in_jax(functions, jnp.asarray(z, dtype), jnp.asarray(labels, jnp.int32))
+
+
+def in_jax(functions: dict[str, Callable], *arguments: jax.Array) -> tuple[dict[str, float], float]:
+    """Median seconds of each function, and the first one's temporary bytes over the first argument's."""
+    compiled = {name: jax.jit(f).lower(*arguments).compile() for name, f in functions.items()}
+    analysis = next(iter(compiled.values())).memory_analysis()
     temporary = analysis.temp_size_in_bytes / arguments[0].nbytes if analysis else math.nan
     runs = {
         name: lambda function=function: jax.block_until_ready(function(*arguments))
         for name, function in compiled.items()
     }
-    return medians(runs, repeats(shape)), temporary
+    return medians(runs, repeats(arguments[0].size)), temporary
+
+
+def of_softmaxes() -> list[str]:
+    """Softmax and log-softmax, and their gradients for any cotangent, over those of JAX."""
+
+    def pulled_back(function):
+        return lambda z, cotangent: jax.vjp(function, z)[1](cotangent)
+
+    pairs = {
+        "softmax": (js.softmax, jax.nn.softmax),
+        "its gradient": (pulled_back(js.softmax), pulled_back(jax.nn.softmax)),
+        "log_softmax": (js.log_softmax, jax.nn.log_softmax),
+        "its gradient ": (pulled_back(js.log_softmax), pulled_back(jax.nn.log_softmax)),
+    }
+    lines = [
+        "",
+        "Time over that of `jax.nn.softmax`, `jax.nn.log_softmax` and their gradients, temporary bytes "
+        "over those of the logits.",
+        "",
+        "| shape | dtype | " + " | ".join(pairs) + " |",
+        "|---" * (len(pairs) + 2) + "|",
+    ]
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            cells = [str(shape), dtype]
+            z = jnp.asarray(numbers(shape)[0], dtype)
+            for name, (ours, of_jax) in pairs.items():
+                arguments = (z, z[:, ::-1]) if "gradient" in name else (z,)
+                seconds, temporary = in_jax({"ours": ours, "jax": of_jax}, *arguments)
+                cells.append(f"{seconds['ours'] / seconds['jax']:.2f}, {temporary:.3f}")
+            lines.append("| " + " | ".join(cells) + " |")
+            print(lines[-1], flush=True)
+    return lines
 
 
 def in_torch() -> list[float]:
@@ -112,7 +147,7 @@ def in_torch() -> list[float]:
                 tensor.grad = None
                 cost.backward()
 
-        seconds.append(medians({"torch": run}, repeats(shape))["torch"])
+        seconds.append(medians({"torch": run}, repeats(math.prod(shape)))["torch"])
     return seconds
 
 
@@ -143,7 +178,7 @@ def main() -> None:
     ]
     ratios: dict[bool, list[float]] = {True: [], False: []}
     for number, (shape, dtype, gradient) in enumerate(grid()):
-        seconds, temporary = in_jax(shape, dtype, gradient)
+        seconds, temporary = of_costs(shape, dtype, gradient)
         if in_other_process:
             seconds["PyTorch"] = in_other_process[number]
         over = {name: seconds["jaxsoftmax"] / seconds[name] for name in columns}
@@ -157,6 +192,7 @@ def main() -> None:
         worst = max(ratios[gradient])
         lines += ["", f"{kind} over optax integer: geometric mean {mean:.2f}, worst {worst:.2f}"]
         print(lines[-1])
+    lines += of_softmaxes()
     (HERE / "cost.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(ratios)
 
