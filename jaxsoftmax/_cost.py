@@ -51,7 +51,6 @@ from ._rows import (
     scaled_exponentials,
     sum_over_classes,
     sums_and_kept,
-    sums_without,
     targets_behind,
     winner,
 )
@@ -276,6 +275,13 @@ def as_options(
     )
 
 
+class Known(NamedTuple):
+    """What an earlier pass over the same logits found of each row. Their gradient needs no other sums."""
+
+    sums: RowSums
+    behind: Float[Array, "*batch 1"] | None = None  # Σ_k e_k (z_w − z_k), of which the entropy is made.
+
+
 class RowStatistics(NamedTuple):
     """ln Σ_k exp z_k, −Σ_k a_k ln a_k, and Σ_k y_k ln a_k, None without labels; and the winner."""
 
@@ -294,12 +300,14 @@ def example_costs(
     axes: Axes = (),
     in_place: bool | None = False,
     with_statistics: bool = False,
-) -> tuple[Float[Array, "*batch"], RowStatistics | None]:
-    """What each example costs, its sample weight v included; and statistics of its row, if so told.
+    known: Known | None = None,
+) -> tuple[Float[Array, "*batch"], RowStatistics | None, Known]:
+    """What each example costs, its sample weight v included; statistics of its row, if so told; its sums.
 
     `exists` tells, for (classes) or (*batch, classes), which classes do; z must be −inf for the others.
     In place, the gradient by logits that nothing else uses is to take no memory beside theirs. None tells
-    that no gradient follows but in forward mode. The statistics are held fixed.
+    that no gradient follows but in forward mode. The statistics are held fixed. The sums are those that
+    the next call with the same arguments may be told as `known`.
     """
     w, alpha, zeta = options
     dtype = arithmetic_dtype(z.dtype)
@@ -318,7 +326,7 @@ def example_costs(
             targets = smoothed[0] * labels + smoothed[1]
         if is_soft and w is not None:
             targets = across(w, labels.ndim) * targets
-        cost, m, log_sum, sums, behind = _row_cost((axes, in_place, with_statistics), z, targets)
+        cost, m, log_sum, sums, behind = _row_cost((axes, in_place, with_statistics), z, targets, known)
         if with_statistics:
             # Of the labels as they were given, and nothing else.
             row, of_labels = Row(z, sums), cost if is_soft else jnp.where(given < 0, jnp.nan, cost)
@@ -327,7 +335,7 @@ def example_costs(
                 of_labels, _ = _cost_of(axes, row, given, _behind_of(axes, row, given))
             statistics, _ = _statistics_of(row, behind, of_labels)
     else:
-        cost, m, log_sum = _label_cost((axes, in_place), z, labels)
+        cost, m, log_sum, sums = _label_cost((axes, in_place), z, labels, known)
     m = jax.lax.stop_gradient(m)
     if v is not None:
         ignored = (v == 0) & ~jnp.isfinite(cost + log_sum)
@@ -347,7 +355,7 @@ def example_costs(
     if zeta is not None:
         squared = jnp.square(m + log_sum)
         cost += zeta * (squared if w is None else _weighted(class_weight, squared))
-    return cost if v is None else _weighted(v, cost), statistics
+    return cost if v is None else _weighted(v, cost), statistics, Known(sums)
 
 
 def total_weight(
@@ -392,7 +400,7 @@ def _log_likelihood(plan, z, labels, v, options, exists, normalizer):
     axes, axis, reduction = plan
     z = classes_last(without(exists, z), axis)
     exists = None if exists is None else classes_last(exists, axis)
-    cost, _ = example_costs(z, labels, v, options, exists, axes)
+    cost, *_ = example_costs(z, labels, v, options, exists, axes)
     weight = total_weight(labels, v, options.class_weight, axes)
     return reduced(cost, weight, reduction, normalizer)
 
@@ -509,45 +517,56 @@ def _if_named(labels, sums):
     return sums._replace(others=jnp.where(labels[..., None] < 0, jnp.nan, sums.others))
 
 
-# The cost of integer labels, −ln a_y; m; and ln Σ_k e_k, from which smoothing and z-loss are made.
+# The cost of integer labels, −ln a_y; m; ln Σ_k e_k, from which smoothing and z-loss are made; the sums.
 # With o = Σ_{k≠y} e_k, summed without the label,
 #     −ln a_y = ln (1 + o / e_y)                which loses nothing where the label leads, and
 #             = (m − z_y) + ln (1 + (s − 1))    where it does not: s = o + e_y is at least 1 then, but
 # e_y may be too small to divide by.
 @custom_vjp_static_first
-def _label_cost(plan, logits, labels):
+def _label_cost(plan, logits, labels, known):
     axes, _ = plan
-    sums = sums_without(axes, logits, _number(labels, logits, axes))
-    return _from_sums(_if_named(labels, sums))
+    return _label_cost_fwd((axes, None), logits, labels, known)[0]
 
 
 class _LabelResiduals(NamedTuple):
-    kept: Array  # What the exponentials are made of.
+    logits: Array | None
+    kept: Array | None  # Instead of them, what the exponentials are made of.
     sums: RowSums
 
 
-def _label_cost_fwd(plan, logits, labels):
+def _label_cost_fwd(plan, logits, labels, known):
     axes, in_place = plan
-    sums, kept = sums_and_kept(axes, in_place, logits, _number(labels, logits, axes))
-    sums = _if_named(labels, sums)
-    return _from_sums(sums), _LabelResiduals(kept, sums)
+    if known is None:
+        sums, kept = sums_and_kept(axes, in_place, logits, _number(labels, logits, axes))
+        residuals = _LabelResiduals(None, kept, _if_named(labels, sums))
+    else:
+        residuals = _LabelResiduals(logits, None, known.sums)
+    return (*_from_sums(residuals.sums), residuals.sums), residuals
 
 
 # ∂C/∂z_j = a_j − δ_jy, which is e_j / (o + e_y) for j ≠ y and −o / (o + e_y) for the label;
 # m is held fixed, so ∂ ln Σ_k e_k/∂z_j = a_j.
 def _label_cost_bwd(plan, residuals, cotangents):
     axes, _ = plan
-    kept, sums = residuals
-    d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in whole(cotangents, axes))
+    logits, kept, sums = residuals
+    d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in whole(cotangents[:3], axes))
     at_label = d_log_sum * share(sums.own, sums.others) - d_cost * share(sums.others, sums.own)
-    at_others = _scaled_shares(axes, kept, sums, d_cost + d_log_sum)
-    gradient = jnp.where(is_class(kept, sums.number), at_label, at_others)
+    at_others = _times_shares(axes, logits, kept, sums, d_cost + d_log_sum)
+    gradient = jnp.where(is_class(at_others, sums.number), at_label, at_others)
     # A row that nobody counts has cotangents 0, whatever it holds: select, since 0 · NaN is NaN.
     ignored = (d_cost == 0) & (d_log_sum == 0) & ~_is_positive(sums.total)
-    return jnp.where(ignored, 0, gradient).astype(kept.dtype), None
+    dtype = gradient.dtype if kept is None else kept.dtype
+    return jnp.where(ignored, 0, gradient).astype(dtype), None, None
 
 
 _label_cost.defvjp(_label_cost_fwd, _label_cost_bwd)
+
+
+def _times_shares(axes, logits, kept, sums, factor):
+    """The factor times a_k for each class k but the one that the sums went without."""
+    if kept is None:
+        return factor * Row(logits, sums).probabilities
+    return _scaled_shares(axes, kept, sums, factor)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -586,9 +605,9 @@ def _is_positive(total):
 # The same, the sums without the winner, of which all is made, and for statistics Σ_k e_k (z_w − z_k): for
 # targets t, one for each class, or where an integer label's cost is not all that is wanted.
 @custom_vjp_static_first
-def _row_cost(plan, logits, labels):
+def _row_cost(plan, logits, labels, known):
     axes, _, with_statistics = plan
-    return _row_cost_fwd((axes, None, with_statistics), logits, labels)[0]
+    return _row_cost_fwd((axes, None, with_statistics), logits, labels, known)[0]
 
 
 class _RowResiduals(NamedTuple):
@@ -599,11 +618,11 @@ class _RowResiduals(NamedTuple):
     of_targets: Split | None
 
 
-def _row_cost_fwd(plan, logits, labels):
+def _row_cost_fwd(plan, logits, labels, known):
     axes, in_place, with_statistics = plan
-    row, kept = row_of(axes, logits), None
+    row, kept = _row(axes, logits, known), None
     behind = _behind_of(axes, row, labels)
-    if in_place:
+    if in_place and known is None:
         sums, kept = kept_of(axes, logits, row.sums, behind)
         row = Row(logits, sums)
     cost, of_targets = _cost_of(axes, row, labels, behind)
@@ -634,14 +653,11 @@ def _row_cost_bwd(plan, residuals, cotangents):
     targets = of_targets or Split(jnp.ones_like(a), jnp.zeros_like(a))
     factor = d_cost * sum(targets) + d_log_sum
     at_winner = d_log_sum * a - d_cost * pulled_back_at_winner(sums, targets)
-    if kept is None:
-        gradient = factor * row.probabilities
-    else:
-        gradient = _scaled_shares(axes, kept, sums, factor)
+    gradient = _times_shares(axes, row.logits, kept, sums, factor)
     if _is_probability(labels):
         gradient = jnp.where(is_class(gradient, sums.number), at_winner, gradient - d_cost * labels)
         d_labels = d_cost * _surprise(row, labels)
-        return jnp.where(ignored, 0, gradient), jnp.where(ignored, 0, d_labels)
+        return jnp.where(ignored, 0, gradient), jnp.where(ignored, 0, d_labels), None
     gradient = jnp.where(is_class(gradient, sums.number), at_winner, gradient)
     # Of no class but the winner a may be more than ½, so of no other a − 1 loses anything.
     is_winner, of_label = _is_winner(axes, row, labels), jnp.exp(-cost)[..., None]
@@ -649,10 +665,14 @@ def _row_cost_bwd(plan, residuals, cotangents):
         is_winner, d_log_sum * a - d_cost * missing, d_log_sum * of_label + d_cost * (of_label - 1)
     )
     gradient = jnp.where(is_class(gradient, _number(labels, gradient, axes)), at_label, gradient)
-    return jnp.where(ignored, 0, gradient), None
+    return jnp.where(ignored, 0, gradient), None, None
 
 
 _row_cost.defvjp(_row_cost_fwd, _row_cost_bwd)
+
+
+def _row(axes, logits, known):
+    return row_of(axes, logits) if known is None else Row(logits, known.sums)
 
 
 def _behind_of(axes, row, labels):
@@ -703,9 +723,11 @@ def _surprise(row, targets):
 #     H = −ln a_w + d̄,    d̄ = Σ_{k≠w} a_k d_k
 # which loses nothing where w leads: −ln a_w = ln (1 + r / e_w), and every term is at least 0.
 @custom_vjp_static_first
-def row_statistics(axes: Axes, logits: Float[Array, "*batch classes"], labels: Any) -> RowStatistics:
-    """The statistics of each row."""
-    return _row_statistics_fwd(axes, logits, labels)[0]
+def row_statistics(
+    axes: Axes, logits: Float[Array, "*batch classes"], labels: Any, known: Known | None = None
+) -> tuple[RowStatistics, Known]:
+    """The statistics of each row, and what the next call with the same arguments may be told."""
+    return _row_statistics_fwd(axes, logits, labels, known)[0]
 
 
 class _StatisticsResiduals(NamedTuple):
@@ -716,13 +738,15 @@ class _StatisticsResiduals(NamedTuple):
     of_targets: Split | None
 
 
-def _row_statistics_fwd(axes, logits, labels):
-    row = row_of(axes, logits)
+def _row_statistics_fwd(axes, logits, labels, known):
+    row = _row(axes, logits, known)
     cost = of_targets = None
     if labels is not None:
         cost, of_targets = _cost_of(axes, row, labels, _behind_of(axes, row, labels))
-    statistics, mean_behind = _statistics_of(row, behind_in_all(axes, logits, row.sums), cost)
-    return statistics, _StatisticsResiduals(row, mean_behind, cost, labels, of_targets)
+    behind = behind_in_all(axes, logits, row.sums) if known is None else known.behind
+    statistics, mean_behind = _statistics_of(row, behind, cost)
+    residuals = _StatisticsResiduals(row, mean_behind, cost, labels, of_targets)
+    return (statistics, Known(row.sums, behind)), residuals
 
 
 def _statistics_of(row, behind, cost):
@@ -740,7 +764,7 @@ def _statistics_of(row, behind, cost):
 def _row_statistics_bwd(axes, residuals, cotangents):
     row, mean_behind, cost, labels, of_targets = residuals
     d_normalizer, d_entropy, *d_label = (
-        cotangent[..., None] for cotangent in whole(cotangents[:3], axes) if cotangent is not None
+        cotangent[..., None] for cotangent in whole(cotangents[0][:3], axes) if cotangent is not None
     )
     # The distance first by a_j, which is 0 where it is too large to be multiplied.
     a = row.probabilities
@@ -748,15 +772,15 @@ def _row_statistics_bwd(axes, residuals, cotangents):
     ignored = (d_normalizer == 0) & (d_entropy == 0) & ~_is_positive(row.sums.total)
     gradient = jnp.where(ignored, 0, gradient)
     if labels is None:
-        return gradient, None
+        return gradient, None, None
     (d_label,) = d_label
     uncounted = (d_label == 0) & ~(jnp.isfinite(cost)[..., None] & _is_positive(row.sums.total))
     d_label = _unless_nowhere(labels, d_label)
     of_label = log_likelihood_gradient(row, a, labels, axes, of_targets)
     gradient -= jnp.where(uncounted, 0, d_label * of_label)
     if not _is_probability(labels):
-        return gradient, None
-    return gradient, jnp.where(uncounted, 0, -d_label * _surprise(row, labels))
+        return gradient, None, None
+    return gradient, jnp.where(uncounted, 0, -d_label * _surprise(row, labels)), None
 
 
 row_statistics.defvjp(_row_statistics_fwd, _row_statistics_bwd)

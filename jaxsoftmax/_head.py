@@ -44,6 +44,7 @@ from ._checks import (
     with_hints,
 )
 from ._cost import (
+    Known,
     Options,
     Reduction,
     as_options,
@@ -390,6 +391,7 @@ class _FixedRows(NamedTuple):
     numbers: Array | None  # Of the label's class, or of several.
     features: Array | None  # The teacher's.
     exists: Array | None  # Which classes do.
+    known: Known | None  # What the forward pass found, for the backward pass.
 
 
 class _Bend(NamedTuple):
@@ -534,7 +536,7 @@ def _as_rows(labels, layer, sample_weight):
     of_all = of_rows = None
     if layer.exists is not None:
         of_all, of_rows = (layer.exists, None) if layer.exists.ndim == 1 else (None, layer.exists)
-    rows = Given(_FreeRows(probabilities, v), _FixedRows(numbers, features, of_rows))
+    rows = Given(_FreeRows(probabilities, v), _FixedRows(numbers, features, of_rows, None))
     return rows, _FixedShared(teacher, bend, of_all)
 
 
@@ -571,7 +573,7 @@ def _on_mesh(function, layer, result, rows, fixed, options, normalizer):
         Options._make([P(classes), P(), P()]),
     )
     teacher = P() if fixed.teacher is None else of_affine
-    of_rows = _FreeRows._make([probabilities, batch]), _FixedRows._make([batch, batch, by_class])
+    of_rows = _FreeRows._make([probabilities, batch]), _FixedRows._make([batch, batch, by_class, P()])
     of_all = _FreeShared._make([P(), options]), _FixedShared._make([teacher, P(), P(classes)])
     specs = batch, Given(*of_rows), of_affine, Given(*of_all), P()
     return on_devices(function, specs, result, arguments)
@@ -658,23 +660,25 @@ def _is_shared(rows, weights):
 
 
 def _costs(plan, z, shared, rows):
-    """The cost of each row and its weight, and statistics without a gradient, as far as wanted."""
+    """The cost of each row and its weight, and without a gradient statistics and what is known then."""
     axes, v, options = plan.axes, rows.free.sample_weight, shared.free.options
     z, bent, exists = _bent(plan, z, shared, rows)
     labels = _targets(plan, bent, shared, rows, exists)
-    cost, found = example_costs(
-        bent, labels, v, options, exists, axes, plan.in_place, plan.has_statistics
+    cost, found, known = example_costs(
+        bent, labels, v, options, exists, axes, plan.in_place, plan.has_statistics, rows.fixed.known
     )
     weight = example_weights(labels, v, options.class_weight, axes) if plan.has_weights else None
     statistics = None if found is None else _as_statistics(*_with_numbers(plan, z, bent, labels, found))
-    return (cost, weight), statistics
+    return (cost, weight), (statistics, known)
 
 
 def _statistics(plan, z, shared, rows):
-    """Each row's statistics, and its numbers of classes, which have no gradient."""
+    """Each row's statistics, and without a gradient its numbers of classes and what is known then."""
     z, bent, exists = _bent(plan, z, shared, rows)
     labels = _targets(plan, bent, shared, rows, exists)
-    return _with_numbers(plan, z, bent, labels, row_statistics(plan.axes, bent, labels))
+    statistics, known = row_statistics(plan.axes, bent, labels, rows.fixed.known)
+    statistics, numbers = _with_numbers(plan, z, bent, labels, statistics)
+    return statistics, (numbers, known)
 
 
 def _with_numbers(plan, z, bent, labels, statistics):
@@ -746,7 +750,7 @@ def _capped_jvp(primals, tangents):
 
 def _targets(plan, z, shared, rows, exists) -> Any:
     """Integer labels, or the probabilities of a block's rows."""
-    (probabilities, _), (numbers, features, _) = rows
+    (probabilities, _), (numbers, features, *_) = rows
     if shared.fixed.teacher is not None:
         taught = _after(shared.fixed.bend, logits_of(features, shared.fixed.teacher))
         probabilities, _ = shares(plan.axes, True, without(exists, taught))
@@ -779,8 +783,11 @@ def _by_row(plan, x, layer, shared, rows):
     """What the step gives for each row."""
     is_shared = _is_shared((x, rows), layer.weights)
     x = x.astype(arithmetic_dtype(x.dtype)) if is_shared else x
-    run = _whole if _is_one_block(plan, x, layer) else _recomputed if is_shared else _each
-    return run(plan, x, layer, shared, rows)
+    if not is_shared and not _is_one_block(plan, x, layer):
+        return _each(plan, x, layer, shared, rows)
+    run = _whole if _is_one_block(plan, x, layer) else _recomputed
+    results, (others, _) = run(plan, x, layer, shared, rows)
+    return results, others
 
 
 @partial(jax.jit, static_argnums=0)
@@ -823,14 +830,14 @@ def _cast(gradients, like):
 # The cost of all rows together, times the scale; its gradient is formed together with it.
 @custom_vjp_static_first
 def _total(plan, x, layer, shared, rows, scale):
-    (costs, _), statistics = _forward(plan, x, layer, shared, rows)
+    (costs, _), (statistics, _) = _forward(plan, x, layer, shared, rows)
     return _scaled(scale, jnp.sum(costs)), statistics
 
 
 def _total_fwd(plan, x, layer, shared, rows, scale):
     cotangent = part(jnp.broadcast_to(scale, x.shape[:1]), plan.axes)
     results, gradients = _with_gradients(plan, x, layer, shared, rows, (cotangent, None))
-    (costs, _), statistics = results
+    (costs, _), (statistics, _) = results
     total = jnp.sum(costs)
     # The arguments are kept for their dtypes alone.
     gradients = *gradients, part(total, plan.axes)
@@ -846,18 +853,22 @@ def _total_bwd(plan, residuals, cotangents):
 _total.defvjp(_total_fwd, _total_bwd)
 
 
-# The step's results for each row. Its logits are computed again for the gradient.
+# The step's results for each row. Its logits are computed again for the gradient, but not their sums.
 @custom_vjp_static_first
 def _each(plan, x, layer, shared, rows):
     return _each_fwd(plan, x, layer, shared, rows)[0]
 
 
 def _each_fwd(plan, x, layer, shared, rows):
-    return _forward(plan, x, layer, shared, rows), (x, layer, shared, rows)
+    results, (others, known) = _forward(plan, x, layer, shared, rows)
+    return (results, others), ((x, layer, shared, rows), known)
 
 
-def _each_bwd(plan, like, cotangents):
-    return _cast(_with_gradients(plan, *like, cotangents[0])[1], like)
+def _each_bwd(plan, residuals, cotangents):
+    like, known = residuals
+    *others, rows = like
+    rows = rows._replace(fixed=rows.fixed._replace(known=known))
+    return _cast(_with_gradients(plan, *others, rows, cotangents[0])[1], like)
 
 
 _each.defvjp(_each_fwd, _each_bwd)

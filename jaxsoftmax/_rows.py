@@ -122,17 +122,11 @@ def sum_over_classes(values: Float[Array, "*batch classes"], axes: Axes) -> Floa
 
 
 @partial(jax.jit, static_argnums=0)  # Outside jit each function below would be traced at every call.
-def sums_without(
-    axes: Axes, logits: Float[Array, "*batch classes"], index: Integer[Array, "*batch 1"]
-) -> RowSums:
-    """The sums of each row without the class at `index`; NaN where a logit is NaN or +inf."""
-    sums = _of_rows(_sums_on_cpu, _sums_elsewhere, axes, logits, index)
-    return RowSums(index, *_differentiable(axes, logits, index, *sums))
-
-
-@partial(jax.jit, static_argnums=0)
 def sums_without_winner(axes: Axes, logits: Float[Array, "*batch classes"]) -> RowSums:
-    """The sums of each row without the first class with the largest logit; NaN as above."""
+    """The sums of each row without the first class with the largest logit.
+
+    NaN where a logit is NaN or +inf.
+    """
     number, *sums = _of_rows(_winner_sums_on_cpu, _winner_sums_elsewhere, axes, logits)
     return RowSums(number, *_differentiable(axes, logits, number, *sums))
 
@@ -157,10 +151,11 @@ def sums_and_kept(
     logits: Float[Array, "*batch classes"],
     index: Integer[Array, "*batch 1"],
 ) -> tuple[RowSums, Float[Array, "*batch classes"]]:
-    """The same, and what `scaled_exponentials` is made of: one array in the logits' shape and dtype.
+    """The sums of each row without the class at `index`, and what `scaled_exponentials` is made of.
 
-    It may take the logits' place, if so told, and if nothing else uses them. None tells that nobody will
-    use it. It stands for the logits: its tangent is theirs.
+    That is one array in the logits' shape and dtype. It may take the logits' place, if so told, and if
+    nothing else uses them. None tells that nobody will use it. It stands for the logits: its tangent is
+    theirs.
     """
     sums = _of_rows(partial(_kept_on_cpu, in_place), _kept_elsewhere, axes, logits, index)
     *sums, kept = _differentiable(axes, logits, index, *sums)
