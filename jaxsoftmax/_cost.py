@@ -279,6 +279,8 @@ class Known(NamedTuple):
     """What an earlier pass over the same logits found of each row. Their gradient needs no other sums."""
 
     sums: RowSums
+    cost: Float[Array, "*batch"] | None = None  # −Σ_k t_k ln a_k
+    of_targets: Split | None = None
     behind: Float[Array, "*batch 1"] | None = None  # Σ_k e_k (z_w − z_k), of which the entropy is made.
 
 
@@ -326,16 +328,17 @@ def example_costs(
             targets = smoothed[0] * labels + smoothed[1]
         if is_soft and w is not None:
             targets = across(w, labels.ndim) * targets
-        cost, m, log_sum, sums, behind = _row_cost((axes, in_place, with_statistics), z, targets, known)
+        plan = axes, in_place, False if with_statistics else None
+        cost, m, log_sum, entropy, found = _row_cost(plan, z, targets, known)
         if with_statistics:
             # Of the labels as they were given, and nothing else.
-            row, of_labels = Row(z, sums), cost if is_soft else jnp.where(given < 0, jnp.nan, cost)
+            row, of_labels = Row(z, found.sums), cost if is_soft else jnp.where(given < 0, jnp.nan, cost)
             if is_soft and (v is not None or targets is not labels):
                 _, given = _alike(z, _as_targets(given, None, dtype))
                 of_labels, _ = _cost_of(axes, row, given, _behind_of(axes, row, given))
-            statistics, _ = _statistics_of(row, behind, of_labels)
+            statistics = RowStatistics(m + log_sum, entropy, -of_labels, found.sums.number[..., 0])
     else:
-        cost, m, log_sum, sums = _label_cost((axes, in_place), z, labels, known)
+        cost, m, log_sum, found = _label_cost((axes, in_place), z, labels, known)
     m = jax.lax.stop_gradient(m)
     if v is not None:
         ignored = (v == 0) & ~jnp.isfinite(cost + log_sum)
@@ -355,7 +358,7 @@ def example_costs(
     if zeta is not None:
         squared = jnp.square(m + log_sum)
         cost += zeta * (squared if w is None else _weighted(class_weight, squared))
-    return cost if v is None else _weighted(v, cost), statistics, Known(sums)
+    return cost if v is None else _weighted(v, cost), statistics, found
 
 
 def total_weight(
@@ -493,18 +496,21 @@ def label_row(logits: Float[Array, "*batch classes"], labels: Array, axes: Axes 
 
 
 def log_likelihood_gradient(
-    row: Row,
-    a: Float[Array, "*batch classes"],
-    labels: Array,
-    axes: Axes = (),
-    of_targets: Split | None = None,
+    row: Row, a: Float[Array, "*batch classes"], labels: Array, axes: Axes = ()
 ) -> Float[Array, "*batch classes"]:
     """∂C/∂z_j = a_j T − y_j for each row, with T = Σ_k y_k and without its cancellation."""
+    targets = labels
     if not _is_probability(labels):
-        # Of no class but the winner a may be more than ½, so of no other a − 1 loses anything.
-        missing = jnp.where(_is_winner(axes, row, labels), -share(row.sums.others, row.sums.own), a - 1)
-        return jnp.where(is_class(a, _number(labels, a, axes)), missing, a)
-    return -pull_back_log_softmax(row, a, labels, of_targets or split_at_winner(axes, row, labels))
+        targets = is_class(a, _number(labels, a, axes)).astype(a.dtype)
+    return -pull_back_log_softmax(row, a, targets, _split(axes, row, labels))
+
+
+def _split(axes, row, labels):
+    """The targets' sum without the winner's, and the winner's."""
+    if _is_probability(labels):
+        return split_at_winner(axes, row, labels)
+    own = _is_winner(axes, row, labels).astype(row.sums.ahead.dtype)
+    return Split(1 - own, own)
 
 
 def _number(labels, values, axes):
@@ -517,7 +523,7 @@ def _if_named(labels, sums):
     return sums._replace(others=jnp.where(labels[..., None] < 0, jnp.nan, sums.others))
 
 
-# The cost of integer labels, −ln a_y; m; ln Σ_k e_k, from which smoothing and z-loss are made; the sums.
+# The cost of integer labels, −ln a_y; m; ln Σ_k e_k, of which smoothing and z-loss are made; the sums.
 # With o = Σ_{k≠y} e_k, summed without the label,
 #     −ln a_y = ln (1 + o / e_y)                which loses nothing where the label leads, and
 #             = (m − z_y) + ln (1 + (s − 1))    where it does not: s = o + e_y is at least 1 then, but
@@ -541,7 +547,7 @@ def _label_cost_fwd(plan, logits, labels, known):
         residuals = _LabelResiduals(None, kept, _if_named(labels, sums))
     else:
         residuals = _LabelResiduals(logits, None, known.sums)
-    return (*_from_sums(residuals.sums), residuals.sums), residuals
+    return (*_from_sums(residuals.sums), Known(residuals.sums)), residuals
 
 
 # ∂C/∂z_j = a_j − δ_jy, which is e_j / (o + e_y) for j ≠ y and −o / (o + e_y) for the label;
@@ -602,77 +608,103 @@ def _is_positive(total):
     return (total > 0) & jnp.isfinite(total)
 
 
-# The same, the sums without the winner, of which all is made, and for statistics Σ_k e_k (z_w − z_k): for
-# targets t, one for each class, or where an integer label's cost is not all that is wanted.
+# The same by the sums without the winner, for targets t, one for each class, and for integer labels whose
+# cost is not all that is wanted; and the entropy, if it is. With d_k = z_w − z_k, so that
+# −ln a_k = −ln a_w + d_k for the winner w, it is
+#     H = −ln a_w + d̄,    d̄ = Σ_{k≠w} a_k d_k
+# which loses nothing where w leads: −ln a_w = ln (1 + r / e_w), and every term is at least 0.
 @custom_vjp_static_first
 def _row_cost(plan, logits, labels, known):
-    axes, _, with_statistics = plan
-    return _row_cost_fwd((axes, None, with_statistics), logits, labels, known)[0]
+    axes, _, entropy = plan  # True if it is wanted, False if it is held fixed, or None.
+    return _row_cost_fwd((axes, None, entropy), logits, labels, known)[0]
 
 
 class _RowResiduals(NamedTuple):
-    row: Row
+    logits: Array
     kept: Array | None  # What the exponentials are made of, where they may take the logits' place.
-    cost: Array
-    labels: Array
-    of_targets: Split | None
+    labels: Array | None
+    known: Known
 
 
 def _row_cost_fwd(plan, logits, labels, known):
-    axes, in_place, with_statistics = plan
-    row, kept = _row(axes, logits, known), None
-    behind = _behind_of(axes, row, labels)
-    if in_place and known is None:
+    axes, in_place, entropy = plan
+    kept = None
+    if known is None:
+        known, kept = _found(axes, in_place, entropy is not None, logits, labels)
+    row, entropy = Row(logits, known.sums), None
+    if known.behind is not None:
+        entropy = (row.surprise_of_winner + known.behind / row.sums.total)[..., 0]
+    values = known.cost, row.sums.maximum[..., 0], row.log_sum[..., 0], entropy, known
+    return values, _RowResiduals(logits, kept, labels, known)
+
+
+def _found(axes, in_place, has_entropy, logits, labels):
+    """What is made of each row, and what the exponentials are made of, if they take the logits' place."""
+    row, kept, cost, of_targets, in_all = row_of(axes, logits), None, None, None, None
+    behind = None if labels is None else _behind_of(axes, row, labels)
+    if in_place:
         sums, kept = kept_of(axes, logits, row.sums, behind)
         row = Row(logits, sums)
-    cost, of_targets = _cost_of(axes, row, labels, behind)
-    in_all = None
-    if with_statistics and kept is None:
+    if labels is not None:
+        cost, of_targets = _cost_of(axes, row, labels, behind)
+    if has_entropy and kept is None:
         in_all = behind_in_all(axes, logits, row.sums)
-    elif with_statistics:
+    elif has_entropy:
         in_all = behind_in_kept(axes, kept, row.sums)
-    values = cost, row.sums.maximum[..., 0], row.log_sum[..., 0], row.sums, in_all
-    return values, _RowResiduals(row, kept, cost, labels, of_targets)
+    return Known(row.sums, cost, of_targets, in_all), kept
 
 
 # C = −Σ_k t_k ln a_k with ∂ ln a_k/∂z_j = δ_jk − a_j, so
 #     ∂C/∂z_j = a_j T − t_j,                  T = Σ_k t_k
 #     ∂C/∂z_w = a_w (T − t_w) − t_w (1 − a_w)  for the winner, where a_w T may be nearly t_w
 #     ∂C/∂t_k = −ln a_k
+#     ∂H/∂z_j = a_j (−ln a_j − H) = a_j (d_j − d̄)
 # and as above ∂ ln Σ_k e_k/∂z_j = a_j
 def _row_cost_bwd(plan, residuals, cotangents):
-    axes, *_ = plan
-    row, kept, cost, labels, of_targets = residuals
-    sums = row.sums
-    d_cost, _, d_log_sum = (cotangent[..., None] for cotangent in whole(cotangents[:3], axes))
-    sound = jnp.isfinite(cost)[..., None] & _is_positive(sums.total)
-    ignored = (d_cost == 0) & (d_log_sum == 0) & ~sound
-    d_cost = _unless_nowhere(labels, d_cost)
-    a, missing = share(sums.own, sums.others), share(sums.others, sums.own)
-    # An integer label's own class, where t is 1, is set apart below.
-    targets = of_targets or Split(jnp.ones_like(a), jnp.zeros_like(a))
-    factor = d_cost * sum(targets) + d_log_sum
-    at_winner = d_log_sum * a - d_cost * pulled_back_at_winner(sums, targets)
-    gradient = _times_shares(axes, row.logits, kept, sums, factor)
-    if _is_probability(labels):
-        gradient = jnp.where(is_class(gradient, sums.number), at_winner, gradient - d_cost * labels)
-        d_labels = d_cost * _surprise(row, labels)
-        return jnp.where(ignored, 0, gradient), jnp.where(ignored, 0, d_labels), None
+    axes, _, entropy = plan
+    logits, kept, labels, known = residuals
+    row, sums = Row(logits, known.sums), known.sums
+    d_cost, _, d_log_sum, d_entropy = jax.tree.map(lambda c: c[..., None], whole(cotangents[:4], axes))
+    is_sound, is_ignored = _is_positive(sums.total), d_log_sum == 0
+    factor, at_winner = d_log_sum, d_log_sum * share(sums.own, sums.others)
+    is_counted = is_sound
+    if labels is not None:
+        is_sound &= jnp.isfinite(known.cost)[..., None]
+        is_ignored &= d_cost == 0
+        # A cost that nobody counts adds nothing to the gradient, whatever it holds.
+        is_counted = is_sound | (d_cost != 0)
+        d_cost = _unless_nowhere(labels, d_cost)
+        targets = jax.tree.map(lambda sum_: jnp.where(is_counted, sum_, 0), known.of_targets)
+        factor += d_cost * sum(targets)
+        at_winner -= d_cost * pulled_back_at_winner(sums, targets)
+    gradient = _times_shares(axes, logits, kept, sums, factor)
+    d_labels = None
+    if labels is not None and _is_probability(labels):
+        gradient -= jnp.where(is_counted, d_cost * labels, 0)
+        d_labels = jnp.where(is_counted, d_cost * _surprise(row, labels), 0)
+    elif labels is not None:
+        is_label = is_class(gradient, _number(labels, gradient, axes))
+        gradient = jnp.where(is_label, gradient - d_cost, gradient)
     gradient = jnp.where(is_class(gradient, sums.number), at_winner, gradient)
-    # Of no class but the winner a may be more than ½, so of no other a − 1 loses anything.
-    is_winner, of_label = _is_winner(axes, row, labels), jnp.exp(-cost)[..., None]
-    at_label = jnp.where(
-        is_winner, d_log_sum * a - d_cost * missing, d_log_sum * of_label + d_cost * (of_label - 1)
-    )
-    gradient = jnp.where(is_class(gradient, _number(labels, gradient, axes)), at_label, gradient)
-    return jnp.where(ignored, 0, gradient), None, None
+    if entropy:
+        # The distance first by a_j, which is 0 where it is too large to be multiplied.
+        of_entropy = row.probabilities * (row.behind - known.behind / sums.total)
+        gradient += d_entropy * of_entropy
+        is_ignored &= d_entropy == 0
+    return jnp.where(is_ignored & ~is_sound, 0, gradient), d_labels, None
 
 
 _row_cost.defvjp(_row_cost_fwd, _row_cost_bwd)
 
 
-def _row(axes, logits, known):
-    return row_of(axes, logits) if known is None else Row(logits, known.sums)
+def row_statistics(
+    axes: Axes, logits: Float[Array, "*batch classes"], labels: Array | None, known: Known | None = None
+) -> tuple[RowStatistics, Known]:
+    """The statistics of each row, and what the next call with the same arguments may be told."""
+    cost, m, log_sum, entropy, found = _row_cost((axes, False, True), logits, labels, known)
+    log_normalizer = jax.lax.stop_gradient(m) + log_sum
+    likelihood = None if cost is None else -cost
+    return RowStatistics(log_normalizer, entropy, likelihood, found.sums.number[..., 0]), found
 
 
 def _behind_of(axes, row, labels):
@@ -683,10 +715,11 @@ def _behind_of(axes, row, labels):
 
 
 def _cost_of(axes, row, labels, behind):
-    """−Σ_k t_k ln a_k, or −ln a_y; and the targets' sums, None for an integer label."""
+    """−Σ_k t_k ln a_k, or −ln a_y; and the targets' sums."""
+    of_targets = _split(axes, row, labels)
     if not _is_probability(labels):
-        return _cost_of_class(axes, row, labels, behind), None
-    others, own = of_targets = split_at_winner(axes, row, labels)
+        return _cost_of_class(axes, row, labels, behind), of_targets
+    others, own = of_targets
     # −ln a_k is (m − z_k) + ln Σ e for all but the winner; 0 where t_k is 0.
     cost = behind + row.log_sum * others + row.surprise_of_winner * own
     impossible = (others + own > 0) & (row.sums.total == 0)
@@ -717,73 +750,6 @@ def _surprise(row, targets):
     """−ln a_k for each class; 0 where it is infinite and the target 0, since 0 · ln 0 = 0."""
     surprises = row.surprises
     return jnp.where((targets == 0) & jnp.isposinf(surprises), 0, surprises)
-
-
-# With the winner w and d_k = z_w − z_k, so that −ln a_k = −ln a_w + d_k, the entropy is
-#     H = −ln a_w + d̄,    d̄ = Σ_{k≠w} a_k d_k
-# which loses nothing where w leads: −ln a_w = ln (1 + r / e_w), and every term is at least 0.
-@custom_vjp_static_first
-def row_statistics(
-    axes: Axes, logits: Float[Array, "*batch classes"], labels: Any, known: Known | None = None
-) -> tuple[RowStatistics, Known]:
-    """The statistics of each row, and what the next call with the same arguments may be told."""
-    return _row_statistics_fwd(axes, logits, labels, known)[0]
-
-
-class _StatisticsResiduals(NamedTuple):
-    row: Row
-    mean_behind: Array  # d̄
-    cost: Array | None
-    labels: Array | None
-    of_targets: Split | None
-
-
-def _row_statistics_fwd(axes, logits, labels, known):
-    row = _row(axes, logits, known)
-    cost = of_targets = None
-    if labels is not None:
-        cost, of_targets = _cost_of(axes, row, labels, _behind_of(axes, row, labels))
-    behind = behind_in_all(axes, logits, row.sums) if known is None else known.behind
-    statistics, mean_behind = _statistics_of(row, behind, cost)
-    residuals = _StatisticsResiduals(row, mean_behind, cost, labels, of_targets)
-    return (statistics, Known(row.sums, behind)), residuals
-
-
-def _statistics_of(row, behind, cost):
-    """The statistics, and d̄."""
-    sums, mean_behind = row.sums, behind / row.sums.total
-    normalizer, entropy = sums.maximum + row.log_sum, row.surprise_of_winner + mean_behind
-    likelihood = None if cost is None else -cost
-    return RowStatistics(
-        normalizer[..., 0], entropy[..., 0], likelihood, sums.number[..., 0]
-    ), mean_behind
-
-
-# ∂/∂z_j of ln Σ_k exp z_k is a_j, of H it is a_j (−ln a_j − H) = a_j (d_j − d̄) with d_w = 0, and of the
-# label's log-likelihood what the cost has, with the other sign.
-def _row_statistics_bwd(axes, residuals, cotangents):
-    row, mean_behind, cost, labels, of_targets = residuals
-    d_normalizer, d_entropy, *d_label = (
-        cotangent[..., None] for cotangent in whole(cotangents[0][:3], axes) if cotangent is not None
-    )
-    # The distance first by a_j, which is 0 where it is too large to be multiplied.
-    a = row.probabilities
-    gradient = d_normalizer * a + d_entropy * (a * (row.behind - mean_behind))
-    ignored = (d_normalizer == 0) & (d_entropy == 0) & ~_is_positive(row.sums.total)
-    gradient = jnp.where(ignored, 0, gradient)
-    if labels is None:
-        return gradient, None, None
-    (d_label,) = d_label
-    uncounted = (d_label == 0) & ~(jnp.isfinite(cost)[..., None] & _is_positive(row.sums.total))
-    d_label = _unless_nowhere(labels, d_label)
-    of_label = log_likelihood_gradient(row, a, labels, axes, of_targets)
-    gradient -= jnp.where(uncounted, 0, d_label * of_label)
-    if not _is_probability(labels):
-        return gradient, None, None
-    return gradient, jnp.where(uncounted, 0, -d_label * _surprise(row, labels)), None
-
-
-row_statistics.defvjp(_row_statistics_fwd, _row_statistics_bwd)
 
 
 @custom_vjp_static_first
