@@ -570,26 +570,25 @@ _label_cost.defvjp(_label_cost_fwd, _label_cost_bwd)
 
 def _times_shares(axes, logits, kept, sums, factor):
     """The factor times a_k for each class k but the one that the sums went without."""
-    if kept is None:
-        return factor * Row(logits, sums).probabilities
-    return _scaled_shares(axes, kept, sums, factor)
+    return _scaled_shares(axes, kept is None, logits if kept is None else kept, sums, factor)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _scaled_shares(_axes, kept, sums, factor):
-    """The factor times a_k for each class k but the label."""
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _scaled_shares(_axes, are_logits, kept, sums, factor):
+    if are_logits:
+        return factor * Row(kept, sums).probabilities
     return scaled_exponentials(kept, sums.maximum, factor / sums.total)
 
 
 @_scaled_shares.defjvp
-def _scaled_shares_jvp(axes, primals, tangents):
+def _scaled_shares_jvp(axes, are_logits, primals, tangents):
     (kept, sums, factor), (d_logits, _, d_factor) = primals, tangents
-    a = _scaled_shares(axes, kept, sums, jnp.ones_like(factor))
+    a = _scaled_shares(axes, are_logits, kept, sums, jnp.ones_like(factor))
     a = jnp.where(is_class(a, sums.number), share(sums.own, sums.others), a)
     leader = winner(axes, a) - first_class(a, axes)
     # The softmax's Jacobian is symmetric.
     d_a = pull_back_softmax(a, leader, d_logits.astype(a.dtype), axes)
-    return _scaled_shares(axes, *primals), factor * d_a + d_factor * a
+    return _scaled_shares(axes, are_logits, *primals), factor * d_a + d_factor * a
 
 
 def _from_sums(sums):

@@ -439,6 +439,21 @@ def test_a_cost_that_is_not_counted_has_no_gradient():
     assert_close(gradients, (np.zeros((3, 4)), np.zeros((4, 5))), ulps=0)
 
 
+@pytest.mark.parametrize("reduction", ["none", slow("mean")])
+def test_second_derivatives_are_exact(reduction):
+    x, w, labels = jnp.zeros((2, 1)), jnp.zeros((1, 10)), jnp.ones(2, int)
+
+    def cost(b):
+        return js.linear_log_likelihood_cost(x, w, b, labels, reduction=reduction, block_size=1).mean()
+
+    hessian = jax.jit(jax.hessian(cost))
+    for behind, leads in ((-30, 0), (0, 0), (17, 0), (60, 0), (0, 40), (60, 5)):
+        b = np.linspace(0, 1, 10).astype(np.float32)
+        b[1] -= np.float32(behind)
+        b[4] += np.float32(leads)
+        assert_relative(hessian(b), oracle.softmax_jacobian(b.astype(np.float64)), eps_multiple=16)
+
+
 @pytest.mark.parametrize("block_size", [None, slow(2)])
 def test_slopes_far_over_a_softcap_keep_their_digits(block_size):
     # Each example picks its own row of the weights, so that their gradient is the logits'.

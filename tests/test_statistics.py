@@ -274,6 +274,21 @@ def test_entropy_keeps_its_digits_however_confident(lead, block_size):
     assert_relative(entropy, oracle.entropy(z), eps_multiple=8)
 
 
+def test_the_backward_pass_takes_no_sums_anew():
+    x, w, labels = jnp.ones((64, 8)), jnp.ones((8, 5000)), jnp.zeros(64, int)
+
+    def costs(x, w):
+        return js.linear_log_likelihood_cost(x, w, None, labels, reduction="none", block_size=16)
+
+    def statistics(x, w):
+        found = js.head_statistics(x, w, None, labels, block_size=16)
+        return [getattr(found, name) for name in FLOATS]
+
+    for function in (costs, statistics):
+        found, pull_back = jax.vjp(function, x, w)
+        assert " reduce(" not in jax.jit(pull_back).lower(found).compile().as_text()
+
+
 @pytest.mark.slow
 def test_second_derivatives_of_statistics():
     x, w, b, t = (
