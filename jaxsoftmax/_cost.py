@@ -575,9 +575,7 @@ def _times_shares(axes, logits, kept, sums, factor):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _scaled_shares(_axes, are_logits, kept, sums, factor):
-    if are_logits:
-        return factor * Row(kept, sums).probabilities
-    return scaled_exponentials(kept, sums.maximum, factor / sums.total)
+    return scaled_exponentials(are_logits, kept, sums.maximum, factor / sums.total)
 
 
 @_scaled_shares.defjvp

@@ -193,14 +193,19 @@ def _differentiable_jvp(axes, primals, tangents):
     return (m, *others), (jnp.zeros_like(m), d_ahead, d_others, *d_kept)
 
 
-@jax.jit
+@partial(jax.jit, static_argnums=0)
 def scaled_exponentials(
+    are_logits: bool,
     kept: Float[Array, "*batch classes"],
     maximum: Float[Array, "*batch 1"],
     factor: Float[Array, "*batch 1"],
 ) -> Float[Array, "*batch classes"]:
-    """The factor times e_k for each class k, but any number for the class that the sums went without."""
-    return by_processor(_scaled_on_cpu, _scaled_elsewhere, kept, maximum, factor)
+    """The factor times e_k for each class k, but any number for the class that the sums went without.
+
+    Logits may stand for what is kept of them.
+    """
+    on_cpu = _scaled_elsewhere if are_logits else _scaled_on_cpu
+    return by_processor(on_cpu, _scaled_elsewhere, kept, maximum, factor)
 
 
 @partial(jax.jit, static_argnums=0)
