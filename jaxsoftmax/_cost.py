@@ -499,10 +499,11 @@ def log_likelihood_gradient(
     row: Row, a: Float[Array, "*batch classes"], labels: Array, axes: Axes = ()
 ) -> Float[Array, "*batch classes"]:
     """∂C/∂z_j = a_j T − y_j for each row, with T = Σ_k y_k and without its cancellation."""
-    targets = labels
-    if not _is_probability(labels):
-        targets = is_class(a, _number(labels, a, axes)).astype(a.dtype)
-    return -pull_back_log_softmax(row, a, targets, _split(axes, row, labels))
+    if _is_probability(labels):
+        return -pull_back_log_softmax(row, a, labels, split_at_winner(axes, row, labels))
+    # Of no class but the winner a may be more than ½, so of no other a − 1 loses anything.
+    missing = jnp.where(_is_winner(axes, row, labels), -share(row.sums.others, row.sums.own), a - 1)
+    return jnp.where(is_class(a, _number(labels, a, axes)), missing, a)
 
 
 def _split(axes, row, labels):
