@@ -159,8 +159,9 @@ def linear_log_likelihood_cost(
         ∂C/∂x = (a − y) wᵀ
 
     For "mean" and "sum" a differentiated call forms the gradient in its forward pass: three matrix
-    products in all. For "none" the backward pass computes the logits again, four in all, and each
-    example's cotangent enters before the products. A call that is not differentiated takes one.
+    products in all. For "none" the backward pass computes the logits again, but not the sums over a row:
+    four in all. Each example's cotangent enters before the products. A call that is not differentiated
+    takes one.
 
     Args:
         features: Real floating-point numbers (*batch, features).
