@@ -500,7 +500,7 @@ def log_likelihood_gradient(
 ) -> Float[Array, "*batch classes"]:
     """∂C/∂z_j = a_j T − y_j for each row, with T = Σ_k y_k and without its cancellation."""
     if _is_probability(labels):
-        return -pull_back_log_softmax(row, a, labels, split_at_winner(axes, row, labels))
+        return -pull_back_log_softmax(row, a, labels, axes)
     # Of no class but the winner a may be more than ½, so of no other a − 1 loses anything.
     missing = jnp.where(_is_winner(axes, row, labels), -share(row.sums.others, row.sums.own), a - 1)
     return jnp.where(is_class(a, _number(labels, a, axes)), missing, a)

@@ -265,9 +265,13 @@ def split_at_winner(axes: Axes, row: Row, values: Float[Array, "*batch classes"]
 
 
 def pull_back_log_softmax(
-    row: Row, a: Float[Array, "*batch classes"], cotangent: Float[Array, "*batch classes"], split: Split
+    row: Row,
+    a: Float[Array, "*batch classes"],
+    cotangent: Float[Array, "*batch classes"],
+    axes: Axes = (),
 ) -> Float[Array, "*batch classes"]:
     """A cotangent of ln a as one of the logits: c_j − a_j Σ_k c_k = c_j (1 − a_j) − a_j Σ_{k≠j} c_k."""
+    split = split_at_winner(axes, row, cotangent)
     # Only the winner's a may be more than ½, so only its c_j may be lost in a_j Σ_k c_k.
     of_others = cotangent - a * sum(split)
     return jnp.where(is_class(a, row.sums.number), pulled_back_at_winner(row.sums, split), of_others)
@@ -339,7 +343,7 @@ def _log_softmax_fwd(axes, logits):
 
 def _log_softmax_bwd(axes, row, cotangent):
     c = cotangent.astype(row.sums.maximum.dtype)
-    d_logits = pull_back_log_softmax(row, row.probabilities, c, split_at_winner(axes, row, c))
+    d_logits = pull_back_log_softmax(row, row.probabilities, c, axes)
     return (d_logits.astype(cotangent.dtype),)
 
 
