@@ -82,7 +82,7 @@ def for_each_row(
         if way.is_first_apart:
             return _overlapping(partial(of_block, layer, shared), (x, rows), size)
         block = lambda _, __, own: (None, of_block(layer, shared, *own))  # noqa: E731
-        return _in_turn(block, None, (x, rows), size, False)[1]
+        return _in_turn(block, None, (x, rows), size)[1]
 
     return by_processor(partial(blocks, CPU), partial(blocks, ACCELERATOR), x, layer, shared, rows)
 
@@ -158,24 +158,25 @@ def _has_units(dtype):
     return jnp.finfo(dtype).maxexp < jnp.finfo(jnp.float32).maxexp
 
 
-def _in_turn(step, carry, rows, size, is_first_apart, done=0):
+def _in_turn(step, carry, rows, size, apart=None, done=0):
     """`step(carry, start, block)` for every block of rows: what it carries, and gives for each row.
 
-    A loop, and the first block or the last, which may be shorter, apart. Rows that are done are left out.
+    A loop, and the first block or the last, which may be shorter, apart; if not told which, a shorter one
+    at the end. Rows that are done are left out.
     """
     count = jax.tree.leaves(rows)[0].shape[0] - done
     if known_size(count) <= size:
         return step(carry, done, jax.tree.map(lambda a: a[done:], rows))
-    looped = (count - 1) // size
+    looped = (count - (apart is not None)) // size
     others = count - looped * size
     # No loop for one round: XLA on the CPU cannot run narrow products from one that it has unrolled.
     scan = partial(jax.lax.scan, xs=jnp.arange(looped), unroll=looped == 1)
 
     def block(carry, start, length):
-        own = jax.tree.map(partial(_some_rows, is_first_apart, done + start, length), rows)
+        own = jax.tree.map(partial(_some_rows, apart == "first", done + start, length), rows)
         return step(carry, done + start, own)
 
-    if is_first_apart:
+    if apart == "first":
         # The results are carried, or the first block and the loop would be formed at the same time.
         def add(state, number):
             start = others + number * size
@@ -189,10 +190,11 @@ def _in_turn(step, carry, rows, size, is_first_apart, done=0):
         )
         return scan(add, (carry, padded))[0]
     carry, results = scan(lambda carry, number: block(carry, number * size, size), carry)
+    results = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
+    if not others:
+        return carry, results
     carry, last = block(carry, looped * size, others)
-    return carry, jax.tree.map(
-        lambda many, one: jnp.concatenate([many.reshape(-1, *one.shape[1:]), one]), results, last
-    )
+    return carry, jax.tree.map(lambda many, one: jnp.concatenate([many, one]), results, last)
 
 
 def _overlapping(step, rows, size):
@@ -277,7 +279,9 @@ def _gradients(way, step, block_size, share, is_whole, x, layer, shared, rows, c
     elif not (has_one_part or way.is_first_apart):
         # Behind a barrier, or the sum would begin with a selection between it and 0, no longer in place.
         carry = _apart((kept, (_zeros_like(spread(layer, varying(x))), _zeros_like(shared.free))))
-    carry, of_parts = _in_turn(of_part, carry, all_rows, part, way.is_first_apart, few)
+    # The last adds to the weights' gradient and rounds it in one pass.
+    apart = "first" if way.is_first_apart else "last"
+    carry, of_parts = _in_turn(of_part, carry, all_rows, part, apart, few)
     if of_few is not None:
         of_parts = jax.tree.map(lambda one, many: jnp.concatenate([one, many]), of_few, of_parts)
     results, d_rows, d_x = of_parts
@@ -308,7 +312,7 @@ def _of_blocks(step, size, kept, layer, shared, x, rows, cotangent):
         return (kept, jax.tree.map(jnp.add, total, d_shared)), results
 
     sums = kept, _zeros_like(shared.free)
-    (kept, total), results = _in_turn(block, sums, (x, rows, cotangent), size, False)
+    (kept, total), results = _in_turn(block, sums, (x, rows, cotangent), size)
     return kept, 1, total, results
 
 
