@@ -137,11 +137,13 @@ def _pulled_back(step, z, shared, rows, cotangent):
     """What `step` gives, D, and the gradients by what is shared and by what belongs to rows."""
 
     def of_free(z, of_all, of_rows):
-        return step(z, shared._replace(free=of_all), rows._replace(free=of_rows))
+        results, others = step(z, shared._replace(free=of_all), rows._replace(free=of_rows))
+        is_leaf = lambda each: each is None  # noqa: E731
+        wanted = lambda c, result: None if c is None else result  # noqa: E731
+        return jax.tree.map(wanted, cotangent, results, is_leaf=is_leaf), (results, others)
 
-    results, pull_back, others = jax.vjp(of_free, z, shared.free, rows.free, has_aux=True)
-    cotangent = jax.tree.map(lambda c, result: spread(c, varying(result)), cotangent, results)
-    return (results, others), *pull_back(cotangent)
+    wanted, pull_back, results = jax.vjp(of_free, z, shared.free, rows.free, has_aux=True)
+    return results, *pull_back(jax.tree.map(lambda c, each: spread(c, varying(each)), cotangent, wanted))
 
 
 def _narrowed(d_z, dtype):

@@ -65,6 +65,8 @@ from ._softmax import (
     row_of,
     share,
     split_at_winner,
+    values_of,
+    wanted,
     without,
 )
 
@@ -328,7 +330,7 @@ def example_costs(
             targets = smoothed[0] * labels + smoothed[1]
         if is_soft and w is not None:
             targets = across(w, labels.ndim) * targets
-        plan = axes, in_place, False if with_statistics else None
+        plan = axes, in_place, with_statistics
         cost, m, log_sum, entropy, found = _row_cost(plan, z, targets, known)
         if with_statistics:
             # Of the labels as they were given, and nothing else.
@@ -337,6 +339,7 @@ def example_costs(
                 _, given = _alike(z, _as_targets(given, None, dtype))
                 of_labels, _ = _cost_of(axes, row, given, _behind_of(axes, row, given))
             statistics = RowStatistics(m + log_sum, entropy, -of_labels, found.sums.number[..., 0])
+            statistics = jax.lax.stop_gradient(statistics)
     else:
         cost, m, log_sum, found = _label_cost((axes, in_place), z, labels, known)
     m = jax.lax.stop_gradient(m)
@@ -613,8 +616,8 @@ def _is_positive(total):
 # which loses nothing where w leads: −ln a_w = ln (1 + r / e_w), and every term is at least 0.
 @custom_vjp_static_first
 def _row_cost(plan, logits, labels, known):
-    axes, _, entropy = plan  # True if it is wanted, False if it is held fixed, or None.
-    return _row_cost_fwd((axes, None, entropy), logits, labels, known)[0]
+    axes, _, has_entropy = plan
+    return _row_costs((axes, None, has_entropy), logits, labels, known)[0]
 
 
 class _RowResiduals(NamedTuple):
@@ -624,11 +627,15 @@ class _RowResiduals(NamedTuple):
     known: Known
 
 
-def _row_cost_fwd(plan, logits, labels, known):
-    axes, in_place, entropy = plan
+def _row_cost_fwd(plan, *primals):
+    return _row_costs(plan, *values_of(primals))
+
+
+def _row_costs(plan, logits, labels, known):
+    axes, in_place, has_entropy = plan
     kept = None
     if known is None:
-        known, kept = _found(axes, in_place, entropy is not None, logits, labels)
+        known, kept = _found(axes, in_place, has_entropy, logits, labels)
     row, entropy = Row(logits, known.sums), None
     if known.behind is not None:
         entropy = (row.surprise_of_winner + known.behind / row.sums.total)[..., 0]
@@ -659,14 +666,17 @@ def _found(axes, in_place, has_entropy, logits, labels):
 #     ∂H/∂z_j = a_j (−ln a_j − H) = a_j (d_j − d̄)
 # and as above ∂ ln Σ_k e_k/∂z_j = a_j
 def _row_cost_bwd(plan, residuals, cotangents):
-    axes, _, entropy = plan
+    axes, *_ = plan
     logits, kept, labels, known = residuals
     row, sums = Row(logits, known.sums), known.sums
-    d_cost, _, d_log_sum, d_entropy = jax.tree.map(lambda c: c[..., None], whole(cotangents[:4], axes))
+    cotangents = jax.tree.map(lambda c: c[..., None], whole(wanted(cotangents[:4]), axes))
+    d_cost, _, d_log_sum, d_entropy = cotangents
+    if d_log_sum is None:
+        d_log_sum = jnp.zeros_like(sums.total)
     is_sound, is_ignored = _is_positive(sums.total), d_log_sum == 0
     factor, at_winner = d_log_sum, d_log_sum * share(sums.own, sums.others)
     is_counted = is_sound
-    if labels is not None:
+    if d_cost is not None:
         is_sound &= jnp.isfinite(known.cost)[..., None]
         is_ignored &= d_cost == 0
         # A cost that nobody counts adds nothing to the gradient, whatever it holds.
@@ -677,14 +687,14 @@ def _row_cost_bwd(plan, residuals, cotangents):
         at_winner -= d_cost * pulled_back_at_winner(sums, targets)
     gradient = _times_shares(axes, logits, kept, sums, factor)
     d_labels = None
-    if labels is not None and _is_probability(labels):
+    if d_cost is not None and _is_probability(labels):
         gradient -= jnp.where(is_counted, d_cost * labels, 0)
         d_labels = jnp.where(is_counted, d_cost * _surprise(row, labels), 0)
-    elif labels is not None:
+    elif d_cost is not None:
         is_label = is_class(gradient, _number(labels, gradient, axes))
         gradient = jnp.where(is_label, gradient - d_cost, gradient)
     gradient = jnp.where(is_class(gradient, sums.number), at_winner, gradient)
-    if entropy:
+    if d_entropy is not None:
         # The distance first by a_j, which is 0 where it is too large to be multiplied.
         of_entropy = row.probabilities * (row.behind - known.behind / sums.total)
         gradient += d_entropy * of_entropy
@@ -692,7 +702,7 @@ def _row_cost_bwd(plan, residuals, cotangents):
     return jnp.where(is_ignored & ~is_sound, 0, gradient), d_labels, None
 
 
-_row_cost.defvjp(_row_cost_fwd, _row_cost_bwd)
+_row_cost.defvjp(_row_cost_fwd, _row_cost_bwd, symbolic_zeros=True)
 
 
 def row_statistics(

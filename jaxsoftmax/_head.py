@@ -72,7 +72,7 @@ from ._mesh import (
     whole,
 )
 from ._rows import rank, shares, taken_once, winner
-from ._softmax import custom_vjp_static_first, without
+from ._softmax import custom_vjp_static_first, values_of, wanted, without
 
 
 class SparseLabels(NamedTuple):
@@ -278,7 +278,7 @@ def linear_log_likelihood_cost(
     by_row = layer.places.batch
     result = by_row if reduction == "none" else P(), by_row
     cost, statistics = _on_mesh(cost, layer, result, rows, fixed, options, normalizer)
-    return (cost, jax.lax.stop_gradient(statistics)) if return_statistics else cost
+    return (cost, statistics) if return_statistics else cost
 
 
 class HeadStatistics(NamedTuple):
@@ -857,22 +857,24 @@ _total.defvjp(_total_fwd, _total_bwd)
 # The step's results for each row. Its logits are computed again for the gradient, but not their sums.
 @custom_vjp_static_first
 def _each(plan, x, layer, shared, rows):
-    return _each_fwd(plan, x, layer, shared, rows)[0]
+    results, (others, _) = _forward(plan, x, layer, shared, rows)
+    return results, others
 
 
-def _each_fwd(plan, x, layer, shared, rows):
-    results, (others, known) = _forward(plan, x, layer, shared, rows)
-    return (results, others), ((x, layer, shared, rows), known)
+def _each_fwd(plan, *primals):
+    primals = values_of(primals)
+    results, (others, known) = _forward(plan, *primals)
+    return (results, others), (primals, known)
 
 
 def _each_bwd(plan, residuals, cotangents):
     like, known = residuals
     *others, rows = like
     rows = rows._replace(fixed=rows.fixed._replace(known=known))
-    return _cast(_with_gradients(plan, *others, rows, cotangents[0])[1], like)
+    return _cast(_with_gradients(plan, *others, rows, wanted(cotangents[0]))[1], like)
 
 
-_each.defvjp(_each_fwd, _each_bwd)
+_each.defvjp(_each_fwd, _each_bwd, symbolic_zeros=True)
 
 
 @partial(jax.jit, static_argnums=0)  # Outside jit a loop would be compiled again for every call.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Integer
 
 from ._checks import (
@@ -295,6 +296,17 @@ def without(exists: Array | None, logits: Float[Array, "..."]) -> Array:
 custom_vjp_static_first: Callable[[Callable[..., Any]], Any] = partial(
     jax.custom_vjp, nondiff_argnums=(0,)
 )
+
+
+def values_of(primals: Any) -> Any:
+    """Arguments as a forward rule with `symbolic_zeros` is given them, without what else it is told."""
+    is_leaf = lambda each: isinstance(each, CustomVJPPrimal)  # noqa: E731
+    return jax.tree.map(lambda each: each.value, primals, is_leaf=is_leaf)
+
+
+def wanted(cotangents: Any) -> Any:
+    """Cotangents as its backward rule is given them, None for a result that nothing depends on."""
+    return jax.tree.map(lambda each: None if isinstance(each, SymbolicZero) else each, cotangents)
 
 
 @custom_vjp_static_first

@@ -289,6 +289,52 @@ def test_the_backward_pass_takes_no_sums_anew():
         assert " reduce(" not in jax.jit(pull_back).lower(found).compile().as_text()
 
 
+def test_a_statistic_alone_takes_no_more_than_a_cost():
+    x, w, labels = jnp.ones((64, 8)), jnp.ones((8, 5000)), jnp.zeros(64, int)
+
+    def transcendentals(function):
+        gradient = jax.jit(
+            jax.grad(lambda x, w: jnp.sum(function(x, w, None, labels, block_size=16)), (0, 1))
+        )
+        return gradient.lower(x, w).compile().cost_analysis()["transcendentals"]
+
+    def of_statistic(name):
+        return transcendentals(
+            lambda *args, **options: getattr(js.head_statistics(*args, **options), name)
+        )
+
+    cost = transcendentals(partial(js.linear_log_likelihood_cost, reduction="none"))
+    found = {name: of_statistic(name) / cost for name in FLOATS}
+    assert max(found["log_normalizer"], found["label_log_likelihood"]) < 1.1 < 1.25 < found["entropy"]
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+@pytest.mark.parametrize("is_soft", [False, True])
+def test_a_statistic_alone_has_the_gradient_that_it_has_among_others(is_soft, block_size):
+    # Rows without a distribution, and one whose label names no class.
+    x = jnp.array([[1.0, 0.5], [-1.0, 2.0], [jnp.nan, 1.0], [jnp.inf, 1.0], [0.5, -2.0]])
+    w, labels = normal((2, 7), "float32"), jnp.array([1, 0, 2, 3, 9])
+    labels = jax.nn.softmax(normal((5, 7), "float32", 1)) if is_soft else labels
+
+    def statistics(labels, x, w):
+        found = unchecked(js.head_statistics)(x, w, None, labels, block_size=block_size)
+        return [getattr(found, name) for name in FLOATS]
+
+    @jax.jit
+    def both_ways(of_row, labels):
+        found = []
+        _, pull_back = jax.vjp(partial(statistics, labels), x, w)
+        zeros = [jnp.zeros(5)] * len(FLOATS)
+        for i in range(len(FLOATS)):
+            alone = jax.grad(lambda x, w, i=i: jnp.vdot(of_row, statistics(labels, x, w)[i]), (0, 1))
+            found.append((alone(x, w), pull_back([*zeros[:i], of_row, *zeros[i + 1 :]])))
+        return found
+
+    for of_row in jnp.eye(5):
+        for alone, among in both_ways(of_row, labels):
+            jax.tree.map(np.testing.assert_array_equal, alone, among)
+
+
 @pytest.mark.slow
 def test_second_derivatives_of_statistics():
     x, w, b, t = (
