@@ -804,7 +804,7 @@ def _recomputed(plan, x, layer, shared, rows):
     x, layer, shared, rows = _each_its_own(plan, x, layer, shared, rows)
     wide = layer._replace(weights=layer.weights.astype(x.dtype))
     step = partial(plan.step, plan)
-    return for_each_row(step, plan.block_size, plan.share, True, x, wide, shared, rows)
+    return for_each_row(step, plan.block_size, plan.share, "autodiff", x, wide, shared, rows)
 
 
 def _each_its_own(plan, x, layer, shared, rows):
@@ -831,7 +831,7 @@ def _cast(gradients, like):
 # The cost of all rows together, times the scale; its gradient is formed together with it.
 @custom_vjp_static_first
 def _total(plan, x, layer, shared, rows, scale):
-    (costs, _), (statistics, _) = _forward(plan, x, layer, shared, rows)
+    (costs, _), (statistics, _) = _forward(plan, "nothing", x, layer, shared, rows)
     return _scaled(scale, jnp.sum(costs)), statistics
 
 
@@ -857,13 +857,13 @@ _total.defvjp(_total_fwd, _total_bwd)
 # The step's results for each row. Its logits are computed again for the gradient, but not their sums.
 @custom_vjp_static_first
 def _each(plan, x, layer, shared, rows):
-    results, (others, _) = _forward(plan, x, layer, shared, rows)
+    results, (others, _) = _forward(plan, "nothing", x, layer, shared, rows)
     return results, others
 
 
 def _each_fwd(plan, *primals):
     primals = values_of(primals)
-    results, (others, known) = _forward(plan, *primals)
+    results, (others, known) = _forward(plan, "gradient", *primals)
     return (results, others), (primals, known)
 
 
@@ -877,8 +877,8 @@ def _each_bwd(plan, residuals, cotangents):
 _each.defvjp(_each_fwd, _each_bwd, symbolic_zeros=True)
 
 
-@partial(jax.jit, static_argnums=0)  # Outside jit a loop would be compiled again for every call.
-def _forward(plan, x, layer, shared, rows):
+@partial(jax.jit, static_argnums=(0, 1))  # Outside jit a loop would be compiled again for every call.
+def _forward(plan, follows, x, layer, shared, rows):
     """What the step gives for each row."""
     plan = plan._replace(in_place=None)
 
@@ -887,7 +887,7 @@ def _forward(plan, x, layer, shared, rows):
         results, _, others = jax.vjp(lambda z: plan.step(plan, z, shared, rows), z, has_aux=True)
         return results, others
 
-    return for_each_row(step, plan.block_size, plan.share, False, x, layer, shared, rows)
+    return for_each_row(step, plan.block_size, plan.share, follows, x, layer, shared, rows)
 
 
 @partial(jax.jit, static_argnums=0)
