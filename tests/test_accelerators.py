@@ -36,6 +36,13 @@ for features, classes, more in (4096, 128256, more), (4096, 32768, []), (1024, 5
     for name, function in a.head_cases(rows):
         if name in ["the three products", "head", "head, value", *more]:
             found[f"{name}, {classes}"] = a.figures(function, arguments)
+rows, features, classes = 8192, 4096, 128256
+layer = ((rows, features), "bfloat16"), ((features, classes), "bfloat16")
+few = ((rows, 20), "int32"), ((rows, 20), "float32")
+arguments = a.shapes(*layer, ((rows,), "int32"), *few, *layer, place=place)
+for name, function in a.use_cases():
+    if name in ["costs, none", "entropy", "label log likelihood"]:
+        found[name] = a.figures(function, arguments)
 json.dump({name: each for name, each in found.items()}, sys.stdout)
 """
 
@@ -76,6 +83,8 @@ def test_the_cost_stores_nothing_of_the_logits_size(figures, kind, shape):
         ("head, none", 128256, 1.16 * 4 / 3),
         ("head, value", 128256, 0.5),
         ("head, value", 32768, 0.5),
+        # Weights that stay in fast memory.
+        ("head, value", 50257, 0.36),
         # Several parts of the rows, whose sum does not begin with a pass of zeros.
         ("head", 50257, 1.45),
     ],
@@ -92,3 +101,14 @@ def test_the_head_takes_little_more_than_its_products(figures, name, classes, mo
         assert not (
             classes in sizes and max(s for s in sizes if s != classes) >= 512 and features not in sizes
         )
+
+
+@pytest.mark.parametrize(("name", "most"), [("entropy", 1.15), ("label log likelihood", 1.02)])
+def test_a_statistics_gradient_takes_what_a_costs_does(figures, name, most):
+    (cycles, temporary, *_), (cycles_of_cost, temporary_of_cost, *_) = (
+        figures[name],
+        figures["costs, none"],
+    )
+    assert cycles < most * cycles_of_cost
+    # But for some numbers of each row.
+    assert temporary < 1.001 * temporary_of_cost
