@@ -709,6 +709,8 @@ def row_statistics(
     axes: Axes, logits: Float[Array, "*batch classes"], labels: Array | None, known: Known | None = None
 ) -> tuple[RowStatistics, Known]:
     """The statistics of each row, and what the next call with the same arguments may be told."""
+    if labels is not None:
+        logits, labels = _alike(logits, _as_targets(labels, None, arithmetic_dtype(logits.dtype)))
     cost, m, log_sum, entropy, found = _row_cost((axes, False, True), logits, labels, known)
     log_normalizer = jax.lax.stop_gradient(m) + log_sum
     likelihood = None if cost is None else -cost

@@ -670,7 +670,8 @@ def _ahead_in_parts(values, own, index, length):
     ones = _of_parts(jnp.sum, ahead, length, values, own.astype(dtype), most, least) / one
     of_parts = jnp.where(is_behind, 0, length) + ones.astype(jnp.int32)
     of_own = _ahead_elsewhere(_part(values, length, number), own, index - length * number)
-    return jnp.sum(jnp.where(parts == number, of_own, of_parts), axis=-1, keepdims=True)
+    all_parts = jnp.where(parts == number, of_own, of_parts)
+    return jnp.sum(all_parts, axis=-1, keepdims=True, dtype=jnp.int32)
 
 
 def _behind_on_cpu(axes, z, index, m, low):

@@ -89,9 +89,12 @@ def test_rank_in_long_rows(classes):
     own = np.take_along_axis(z, index[:, None].clip(0, classes - 1), axis=1)
     is_before = np.arange(classes) < index[:, None]
     expected = ((z > own) | (z == own) & is_before).sum(axis=1)
-    found = _rows.rank((), jnp.asarray(z, jnp.float32), jnp.asarray(index[:, None], jnp.int32))
     finite = np.isfinite(own[:, 0])  # Of others any number will do.
-    np.testing.assert_array_equal(found[finite, 0], expected[finite])
+    for dtype in "float32", "float64":
+        with jax.enable_x64(dtype == "float64"):
+            found = _rows.rank((), jnp.asarray(z, dtype), jnp.asarray(index[:, None], jnp.int32))
+        assert found.dtype == jnp.int32
+        np.testing.assert_array_equal(found[finite, 0], expected[finite])
 
 
 @pytest.mark.parametrize("classes", [4099, 4100, slow(8192), slow(50_257)])

@@ -289,6 +289,22 @@ def test_the_backward_pass_takes_no_sums_anew():
         assert " reduce(" not in jax.jit(pull_back).lower(found).compile().as_text()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
+def test_statistics_of_narrow_probabilities(dtype):
+    x, w, labels = normal((3, 2), "float32"), normal((2, 5), "float32", 1), jnp.full((3, 5), 0.25, dtype)
+
+    @partial(jax.jit, static_argnums=1)
+    def run(labels, block_size):
+        statistics = partial(js.head_statistics, x, w, None, block_size=block_size)
+        return jax.value_and_grad(lambda labels: statistics(labels).label_log_likelihood.sum())(labels)
+
+    for block_size in (None, 2):
+        value, gradient = run(labels, block_size)
+        exact, exact_gradient = run(labels.astype("float32"), block_size)
+        assert gradient.dtype == labels.dtype
+        assert_close((value, gradient), (exact, exact_gradient.astype(dtype)), ulps=2)
+
+
 def test_a_statistic_alone_takes_no_more_than_a_cost():
     x, w, labels = jnp.ones((64, 8)), jnp.ones((8, 5000)), jnp.zeros(64, int)
 
