@@ -455,13 +455,19 @@ def on_chip(name: str) -> Callable[..., list[jax.ShapeDtypeStruct]]:
     return partial(shapes, place=jax.sharding.SingleDeviceSharding(topology.devices[0]))
 
 
-def uses_on_one_device(name: str) -> list[str]:
-    """What else the head does, for one device of a kind."""
+def use_arguments(shaped: Callable[..., list[jax.ShapeDtypeStruct]]) -> list[jax.ShapeDtypeStruct]:
+    """What `use_cases` are functions of; `shaped` is `shapes` on some device."""
     rows, features, classes = HEADS[1]
     layer = ((rows, features), "bfloat16"), ((features, classes), "bfloat16")
     few = ((rows, 20), "int32"), ((rows, 20), "float32")
+    return shaped(*layer, ((rows,), "int32"), *few, *layer)
+
+
+def uses_on_one_device(name: str) -> list[str]:
+    """What else the head does, for one device of a kind."""
+    rows, features, classes = HEADS[1]
     title = f"{name}: features {rows} x {features}, {classes} classes, bfloat16, value and gradient"
-    return table(title, use_cases(), on_chip(name)(*layer, ((rows,), "int32"), *few, *layer))
+    return table(title, use_cases(), use_arguments(on_chip(name)))
 
 
 def on_one_device(name: str) -> list[str]:

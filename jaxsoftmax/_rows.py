@@ -408,7 +408,7 @@ def _reduced_in_parts(length, terms, join):
     def cut(term, start):
         no_padding = [(0, 0, 0)] * (term.ndim - 1)
         padded = jax.lax.pad(term, start, [*no_padding, (0, spare, 0)])
-        return padded.reshape(*term.shape[:-1], count, -1)
+        return _in_parts(padded, padded.shape[-1] // count)
 
     parts = _reduced(tuple(map(cut, terms, _start(terms))), join)
     return _reduced(tuple(part[..., 0] for part in parts), join)
@@ -689,7 +689,7 @@ def _behind_in_kept_on_cpu(axes, kept, sums):
     if kept.dtype != sums.maximum.dtype:
         return behind_in_all(axes, kept, sums)
 
-    def others(e, _, unit):
+    def others(e, unit):
         # The class that the sums went without has 0 there, and so has what is too small to count.
         return e * jnp.log(jnp.maximum(e * unit, jnp.finfo(e.dtype).tiny))
 
@@ -748,7 +748,7 @@ def _sum_without(terms, others, z, index, *columns):
 
 
 def _sum_of_slices(terms, z, *columns):
-    """The sum over each row of `terms(z, first, *columns)`, of which an XLA loop adds a few slices.
+    """The sum over each row of `terms(z, *columns)`, of which an XLA loop adds a few slices.
 
     XLA's library for reductions goes through a tile once for each operation. An XLA loop does so once for
     all, but would add a row's terms one by one. Where a term is dear, as a logarithm, both together take
@@ -757,23 +757,23 @@ def _sum_of_slices(terms, z, *columns):
     """
     classes = known_size(z.shape[-1])
     if not (classes and is_local(z)):
-        return _reduce_row(jnp.sum, terms, z, *columns)
+        return _reduce_row(jnp.sum, lambda z, _, *columns: terms(z, *columns), z, *columns)
     # A part is read from begin to end, 16 classes at once, or a whole row in 16 slices. Others take up to
     # three times as long.
     fitting = (length for length in range(112, 273) if classes % length == 0)
     length = max(fitting, default=classes)
     width = 16 if length <= 272 else -(-classes // 256) * 16
-    parts = z.reshape(*z.shape[:-1], -1, length)
+    parts = _in_parts(z, length)
     # Of their own, or what two passes have in common would be stored before both.
     columns = [column[..., None] for column in _barrier(columns)]
 
     def of_slice(start):
-        own = terms(parts[..., start : start + width], start, *columns)
+        own = terms(parts[..., start : start + width], *columns)
         return jnp.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, width - own.shape[-1])])
 
     # Through a selection, which the library does not take: so it only adds what is left.
     added = rounded(reduce(jnp.add, map(of_slice, range(0, length, width))))
-    return jnp.sum(added.reshape(*added.shape[:-2], -1), axis=-1, keepdims=True)
+    return jnp.sum(jax.lax.collapse(added, added.ndim - 2), axis=-1, keepdims=True)
 
 
 def _of_parts(reduce, terms, length, z, *columns):
@@ -782,7 +782,7 @@ def _of_parts(reduce, terms, length, z, *columns):
     # Behind a barrier, or the compiler would form the terms first.
     part, *columns = _barrier(
         [
-            each.reshape(*each.shape[:-1], -1, length) if each.shape[-1] == classes else each[..., None]
+            _in_parts(each, length) if each.shape[-1] == classes else each[..., None]
             for each in (z, *columns)
         ]
     )
@@ -792,9 +792,14 @@ def _of_parts(reduce, terms, length, z, *columns):
     return rounded(reduce(terms(part, first, *columns), axis=-1))
 
 
+def _in_parts(z, length):
+    """The rows cut in parts. There may be no row, of which the number of parts could not be told."""
+    return z.reshape(*z.shape[:-1], z.shape[-1] // length, length)
+
+
 def _part(z, length, number):
     """The part of that number of each row, or the nearest."""
-    parts = _barrier(z.reshape(*z.shape[:-1], -1, length))
+    parts = _barrier(_in_parts(z, length))
     return jnp.take_along_axis(parts, number[..., None], axis=-2, mode="clip")[..., 0, :]
 
 

@@ -36,10 +36,7 @@ for features, classes, more in (4096, 128256, more), (4096, 32768, []), (1024, 5
     for name, function in a.head_cases(rows):
         if name in ["the three products", "head", "head, value", *more]:
             found[f"{name}, {classes}"] = a.figures(function, arguments)
-rows, features, classes = 8192, 4096, 128256
-layer = ((rows, features), "bfloat16"), ((features, classes), "bfloat16")
-few = ((rows, 20), "int32"), ((rows, 20), "float32")
-arguments = a.shapes(*layer, ((rows,), "int32"), *few, *layer, place=place)
+arguments = a.use_arguments(a.partial(a.shapes, place=place))
 for name, function in a.use_cases():
     if name in ["costs, none", "entropy", "label log likelihood"]:
         found[name] = a.figures(function, arguments)

@@ -242,6 +242,26 @@ def test_a_block_takes_about_one_array(options, has_gradient, most):
     assert analysis.temp_size_in_bytes < most * block * classes * 4
 
 
+@pytest.mark.parametrize("classes", [5, 8192])
+def test_an_empty_batch(classes):
+    x, w, labels = jnp.zeros((0, 2)), jnp.zeros((2, classes)), jnp.zeros(0, int)
+
+    @jax.jit
+    def run(x, w):
+        cost = partial(js.linear_log_likelihood_cost, bias=None, labels=labels, return_statistics=True)
+        entropies = jax.grad(lambda x, w: js.head_statistics(x, w, None, labels).entropy.sum(), (0, 1))
+        beside = jax.value_and_grad(cost, (0, 1), has_aux=True)
+        return beside(x, w), entropies(x, w), cost(x, w), js.log_softmax(x @ w)
+
+    ((value, statistics), gradients), of_entropy, alone, logs = run(x, w)
+    assert value == alone[0] == 0
+    assert logs.shape == (0, classes)
+    assert {each.shape for each in jax.tree.leaves((statistics, alone[1]))} == {(0,)}
+    for d_x, d_w in gradients, of_entropy:
+        assert d_x.shape == x.shape
+        assert not np.any(d_w)
+
+
 @pytest.mark.parametrize(("rows", "classes"), [(60_000, 3), slow(30_000, 100)])
 def test_the_bias_gradient_of_many_rows(rows, classes):
     labels = np.random.default_rng(3).integers(0, classes, rows)
