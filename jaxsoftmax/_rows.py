@@ -228,8 +228,7 @@ def rank(
     """
     values = jax.lax.stop_gradient(values)
     own = rounded(pick(values, index, axes))
-    on_cpu = _ahead_elsewhere if known_size(values.shape[-1]) > MOST_FLOATS else _ahead_on_cpu
-    return total(by_processor(on_cpu, _ahead_elsewhere, values, own, index), axes)
+    return total(by_processor(_ahead_on_cpu, _ahead_elsewhere, values, own, index), axes)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -535,6 +534,7 @@ def _of_all_devices(axes, values, number, of_device):
 # columns. A comparison or a select there would store one more array of the logits' size, and take three
 # to five times as long. So classes are told apart by arithmetic on their numbers; or, in long rows, by
 # the part they are in, of which alone a select stores little. There the winner takes no pass of its own.
+# Only a rank is counted by comparisons, in a loop of XLA's own that adds slices of them.
 # For the gradient the exponentials are stored where it will stand: they are formed, summed and scaled in
 # its buffer, as in optax's loss, and one number in a row is set to 0 before the sum. To form them twice
 # and store nothing takes 1.2 to 1.9 times as long.
@@ -635,43 +635,31 @@ def _shares_on_cpu(axes, in_place, z):
 
 
 def _ahead_on_cpu(values, own, index):
-    length = _short_length(values)
-    if length:
-        return _ahead_in_parts(values, own, index, length)
-    dtype = arithmetic_dtype(values.dtype)
-    unit, most = 1 / MOST_FLOATS, 2.0 ** (jnp.finfo(dtype).maxexp - 1)
+    classes = known_size(values.shape[-1])
+    if not MOST_COLUMNS < classes <= MOST_FLOATS or not is_local(values):
+        return _ahead_elsewhere(values, own, index)
 
-    def ahead(values, first, own, index):
-        # In units of which all classes together make 1, less than the smallest difference times `much`.
-        own, before = _places_before(values, index - first, own, unit)
-        own, one, much = _for_itself(own, unit, most)
-        larger = (_settled(values, own) - own) * much
-        # With a constant 0 both bounds would be one operation, before which XLA stores what it bounds.
-        return jnp.maximum(jnp.minimum(larger + before, one), 0 * own)
+    # Numbers are compared and not subtracted, so nothing is merged with a product that they are made by.
+    def ahead(values, places, own, before):
+        return ((values > own) | ((values == own) & (places < before))).astype(jnp.int32)
 
-    units = _reduce_row(jnp.sum, ahead, values, own.astype(dtype), index)
-    return (MOST_FLOATS * units).astype(jnp.int32)
+    def counted(values, *columns):
+        return jnp.sum(_slices_added(ahead, values, 16, *columns), axis=-1)
 
-
-def _ahead_in_parts(values, own, index, length):
-    """The same of a long row, where only the class's own part has values before it and behind it.
-
-    Of a part behind it, those that are larger count; of one before it, all but the smaller ones.
-    """
-    dtype = arithmetic_dtype(values.dtype)
-    number, one = index // length, jnp.finfo(dtype).tiny  # No difference but 0 is smaller.
-    parts = across(jnp.arange(values.shape[-1] // length, dtype=index.dtype), index.ndim)
-    is_behind = parts > number
-    most, least = jnp.where(is_behind, one, 0).astype(dtype), jnp.where(is_behind, 0, -one).astype(dtype)
-
-    def ahead(values, _, own, most, least):
-        return jnp.maximum(jnp.minimum(_settled(values, own) - own, most), least)
-
-    ones = _of_parts(jnp.sum, ahead, length, values, own.astype(dtype), most, least) / one
-    of_parts = jnp.where(is_behind, 0, length) + ones.astype(jnp.int32)
-    of_own = _ahead_elsewhere(_part(values, length, number), own, index - length * number)
-    all_parts = jnp.where(parts == number, of_own, of_parts)
-    return jnp.sum(all_parts, axis=-1, keepdims=True, dtype=jnp.int32)
+    # Of parts with more slices, the loop would store the values of some rows before it reads them.
+    length = 128
+    count = classes // length
+    last = count * length
+    # How many classes there are from a part's first to the one at index.
+    before = index - across(jnp.arange(0, classes, length, dtype=index.dtype), index.ndim)
+    parts = _in_parts(values[..., :last], length)
+    counts = counted(parts, own[..., None], before[..., :count, None])
+    if last < classes:
+        of_rest = counted(values[..., last:], own, before[..., count:])
+        counts = jnp.concatenate((counts, of_rest[..., None]), axis=-1)
+    # The library makes this sum at once. A loop would wait until the rank is wanted, and read the logits
+    # until then, so that nothing could take their place.
+    return _sum_by_library(counts.astype(jnp.float32)).astype(jnp.int32)
 
 
 def _behind_on_cpu(axes, z, index, m, low):
@@ -689,14 +677,20 @@ def _behind_in_kept_on_cpu(axes, kept, sums):
     if kept.dtype != sums.maximum.dtype:
         return behind_in_all(axes, kept, sums)
 
-    def others(e, unit):
+    def others(e, _, unit):
         # The class that the sums went without has 0 there, and so has what is too small to count.
         return e * jnp.log(jnp.maximum(e * unit, jnp.finfo(e.dtype).tiny))
 
     # ln e_k, so that near classes keep their digits; or, where all others are far, ln (UNIT e_k), so that
     # none of them is too small.
     unit = jnp.where(sums.others < 1e-9, 1, 1 / UNIT).astype(kept.dtype)
-    behind = -total(_sum_of_slices(others, kept, unit), axes) / UNIT
+    classes = known_size(kept.shape[-1])
+    if classes and is_local(kept):
+        # Of 16 slices. JAX 0.12 forms the gradient in place after them, and not before: a block less.
+        behind = _sum_by_library(_slices_added(others, kept, -(-classes // 256) * 16, unit))
+    else:
+        behind = _reduce_row(jnp.sum, others, kept, unit)
+    behind = -total(behind, axes) / UNIT
     return behind + jnp.log(UNIT * unit) * sums.others
 
 
@@ -747,33 +741,30 @@ def _sum_without(terms, others, z, index, *columns):
     return jnp.sum(jnp.where(is_class(of_parts, number), of_own, of_parts), axis=-1, keepdims=True)
 
 
-def _sum_of_slices(terms, z, *columns):
-    """The sum over each row of `terms(z, *columns)`, of which an XLA loop adds a few slices.
+def _slices_added(terms, z, width, *columns):
+    """`terms(z, places, *columns)` of slices of that many classes, added to one by a loop of XLA's own.
+
+    `places` number the classes of z. Columns hold one number for all of them.
 
     XLA's library for reductions goes through a tile once for each operation. An XLA loop does so once for
-    all, but would add a row's terms one by one. Where a term is dear, as a logarithm, both together take
-    0.85 of the library's time alone, and in the head's loop as long on JAX 0.10. JAX 0.12 forms the
-    gradient in place after it, and not before: the head takes 0.9 of the time and a block less.
+    all, but would add floats of a row one by one. So it adds slices, and the library the rest: of
+    logarithms in 0.85 of the library's time alone, of comparisons in 0.35 to 0.5.
     """
-    classes = known_size(z.shape[-1])
-    if not (classes and is_local(z)):
-        return _reduce_row(jnp.sum, lambda z, _, *columns: terms(z, *columns), z, *columns)
-    # A part is read from begin to end, 16 classes at once, or a whole row in 16 slices. Others take up to
-    # three times as long.
-    fitting = (length for length in range(112, 273) if classes % length == 0)
-    length = max(fitting, default=classes)
-    width = 16 if length <= 272 else -(-classes // 256) * 16
-    parts = _in_parts(z, length)
     # Of their own, or what two passes have in common would be stored before both.
-    columns = [column[..., None] for column in _barrier(columns)]
+    columns = _barrier(columns)
 
     def of_slice(start):
-        own = terms(parts[..., start : start + width], *columns)
+        part = z[..., start : start + width]
+        places = jnp.arange(start, start + part.shape[-1], dtype=jnp.int32)
+        own = terms(part, across(places, part.ndim), *columns)
         return jnp.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, width - own.shape[-1])])
 
+    return reduce(jnp.add, map(of_slice, range(0, z.shape[-1], width)))
+
+
+def _sum_by_library(added):
     # Through a selection, which the library does not take: so it only adds what is left.
-    added = rounded(reduce(jnp.add, map(of_slice, range(0, length, width))))
-    return jnp.sum(jax.lax.collapse(added, added.ndim - 2), axis=-1, keepdims=True)
+    return jnp.sum(rounded(added), axis=-1, keepdims=True)
 
 
 def _of_parts(reduce, terms, length, z, *columns):

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as js
 from jaxsoftmax import _blocks, _rows
+from jaxsoftmax._mesh import first_class
 
 LANES = 1024
 
@@ -79,8 +80,8 @@ def test_long_rows_in_parts(classes):
     np.testing.assert_array_less(np.abs(found[:, 0] - exact), 1e-6 * np.abs(z).sum(axis=1))
 
 
-@pytest.mark.parametrize("classes", [4099, 4100, slow(8192), slow(50_257)])
-def test_rank_in_long_rows(classes):
+@pytest.mark.parametrize("classes", [25, 128, 300, 4099, slow(4100), slow(8192), slow(50_257)])
+def test_rank_in_rows_of_many_lengths(classes):
     ends = [-200, -1, 0, 1, classes - 2, classes - 1, classes]
     index = np.array([*ends, 127, 128, 204, 205, classes // 2])
     # Many are equal, some infinite, and all are in the last row.
@@ -94,6 +95,23 @@ def test_rank_in_long_rows(classes):
         with jax.enable_x64(dtype == "float64"):
             found = _rows.rank((), jnp.asarray(z, dtype), jnp.asarray(index[:, None], jnp.int32))
         assert found.dtype == jnp.int32
+        np.testing.assert_array_equal(found[finite, 0], expected[finite])
+    # Of two devices, one has only classes before the one at index, or behind it.
+    mesh = jax.make_mesh((2,), ("c",), axis_types=(jax.sharding.AxisType.Auto,))
+    two = jax.shard_map(
+        lambda z, index: _rows.rank(("c",), z, index - first_class(z, ("c",))),
+        mesh=mesh,
+        in_specs=(P(None, "c"), P()),
+        out_specs=P(),
+    )
+    both = np.float32(np.concatenate([z, z], axis=1))
+    for half in 0, 1:
+        index = np.arange(1, len(z) + 1) % classes + half * classes
+        own = np.take_along_axis(both, index[:, None], axis=1)
+        expected = ((both > own) | (both == own) & (np.arange(2 * classes) < index[:, None])).sum(axis=1)
+        found = jax.jit(two)(both, jnp.asarray(index[:, None], jnp.int32))
+        finite = np.isfinite(own[:, 0])
+        assert finite.sum() > 9
         np.testing.assert_array_equal(found[finite, 0], expected[finite])
 
 
