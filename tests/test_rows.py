@@ -80,7 +80,7 @@ def test_long_rows_in_parts(classes):
     np.testing.assert_array_less(np.abs(found[:, 0] - exact), 1e-6 * np.abs(z).sum(axis=1))
 
 
-@pytest.mark.parametrize("classes", [25, 128, 300, 4099, slow(4100), slow(8192), slow(50_257)])
+@pytest.mark.parametrize("classes", [25, 128, 300, 4099, 4100, slow(8192), slow(50_257)])
 def test_rank_in_rows_of_many_lengths(classes):
     ends = [-200, -1, 0, 1, classes - 2, classes - 1, classes]
     index = np.array([*ends, 127, 128, 204, 205, classes // 2])
